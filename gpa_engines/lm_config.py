@@ -1,0 +1,102 @@
+"""The language model's geometry, read from config.json as transformers 4 or 5 wrote it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpa_codecs.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class LMConfig:
+    """A dense Qwen3 decoder (Qwen3 technical report, 2025); sizes in elements, context in positions."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    dtype: str
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> LMConfig:
+        """Read `config.json`; raises CheckpointError for a missing key or an architecture that is not plain Qwen3."""
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
+        return cls.from_dict(values, str(path))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config.json") -> LMConfig:
+        """As :meth:`from_file`, from a parsed config; `source` names it in errors."""
+        if values.get("model_type") != "qwen3":
+            raise CheckpointError(f"{source}: model_type is {values.get('model_type')!r}; GPA is a 'qwen3' model")
+        if values.get("attention_bias"):
+            raise CheckpointError(f"{source}: attention_bias is true; GPA's Qwen3 has no attention biases")
+        if values.get("use_sliding_window"):
+            raise CheckpointError(f"{source}: use_sliding_window is true; only full attention is supported")
+        if values.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(f"{source}: hidden_act is {values['hidden_act']!r}; expected 'silu'")
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+        )
+        geometry = {name: _positive_int(values, name, source) for name in sizes}
+        heads, kv_heads = geometry["num_attention_heads"], geometry["num_key_value_heads"]
+        if heads % kv_heads:
+            raise CheckpointError(f"{source}: num_attention_heads {heads} is not a multiple of {kv_heads} key-value heads")
+        if values.get("head_dim") is None:
+            head_dim = geometry["hidden_size"] // heads
+        else:
+            head_dim = _positive_int(values, "head_dim", source)
+        return cls(
+            **geometry,
+            head_dim=head_dim,
+            rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+            rope_theta=_rope_theta(values, source),
+            tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+            dtype=str(values.get("dtype") or values.get("torch_dtype") or "float32"),
+        )
+
+
+def _positive_int(values: dict[str, Any], name: str, source: str) -> int:
+    value = values.get(name)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{source}: {name} is {value!r}; expected a positive integer")
+    return value
+
+
+def _rope_theta(values: dict[str, Any], source: str) -> float:
+    """transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 one `rope_parameters`."""
+    parameters = values.get("rope_parameters") or {}
+    scaling = values.get("rope_scaling") or {}
+    kind = parameters.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind != "default":
+        raise CheckpointError(f"{source}: rope type is {kind!r}; only plain rotary embeddings are supported")
+    top, nested = values.get("rope_theta"), parameters.get("rope_theta")
+    if top is not None and nested is not None and float(top) != float(nested):
+        raise CheckpointError(f"{source}: rope_theta is {top} but rope_parameters.rope_theta is {nested}; make them equal")
+    theta = top if top is not None else nested
+    if theta is None:
+        raise CheckpointError(f"{source}: neither rope_theta nor rope_parameters.rope_theta is given")
+    return float(theta)
