@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-from gpa_codecs.errors import CapacityError, RequestError
 from numpy.typing import NDArray
+
+from gpa_codecs.errors import CapacityError, RequestError
 
 FinishReason = Literal["stop", "length", "cancelled"]
 Capability = Literal["logits", "batch", "allowed", "seed", "chunked_prefill"]
@@ -30,9 +31,9 @@ chunked_prefill: a long prompt does not stall running requests.
 class SamplingParams:
     """How the next token is chosen; the order of the steps is defined in `gpa_engines.sampling`.
 
-    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off. repetition_penalty: 1 is off, it counts
-    every distinct id of prompt and answer once. min_new_tokens: stop ids are impossible before. seed: None draws a fresh
-    one, which the result reports.
+    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off. repetition_penalty: 1 is off; it counts
+    every distinct id of prompt and answer once. min_new_tokens: stop ids are impossible before. seed: None draws a
+    fresh one, which the result reports.
     """
 
     temperature: float = 0.0

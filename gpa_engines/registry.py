@@ -1,0 +1,114 @@
+"""Backend names, what each needs, and the one way to create an engine."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from gpa_codecs.errors import BackendError
+from gpa_engines.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One engine adapter.
+
+    module: where its `create_engine(model_dir, **options)` lives; None while the adapter is not part of this version.
+    packages: import names that it needs. extra: the installation extra that brings them.
+    """
+
+    name: str
+    runs_on: str
+    module: str | None = None
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendStatus:
+    """Whether a backend can be used here. remedy: the command that installs what is missing, or ""."""
+
+    backend: Backend
+    state: Literal["ready", "missing", "planned"]
+    detail: str
+    remedy: str = ""
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("torch", "CPU, CUDA, Apple MPS", "gpa_engines.backends.torch", ("torch",), "torch"),
+        Backend("llama-cpp", "CPU and GPU, GGUF files"),
+        Backend("mlx", "Apple silicon; Linux CPU"),
+        Backend("onnx", "CPU, any ONNX Runtime provider"),
+        Backend("vllm", "CUDA servers; CPU"),
+        Backend("sglang", "CUDA servers"),
+        Backend("ascend", "Ascend NPU"),
+    )
+}
+"""Every backend that the project is built for, in the order in which they are listed."""
+
+
+def backend_status(backend: Backend) -> BackendStatus:
+    """State of one backend on this machine; looks for packages without importing them."""
+    if backend.module is None:
+        return BackendStatus(backend, "planned", "not part of this version")
+    missing = [package for package in backend.packages if find_spec(package) is None]
+    if missing:
+        remedy = f"pip install 'gpa-engines[{backend.extra}]'"
+        return BackendStatus(backend, "missing", f"needs {', '.join(missing)}", remedy)
+    return BackendStatus(backend, "ready", f"uses {', '.join(backend.packages)}")
+
+
+def list_backends() -> list[BackendStatus]:
+    """State of every known backend on this machine."""
+    return [backend_status(backend) for backend in BACKENDS.values()]
+
+
+def require_backend(name: str) -> Backend:
+    """The backend of that name, or a BackendError that says what is wrong and what to do."""
+    backend = BACKENDS.get(name)
+    if backend is None:
+        known = ", ".join(each.name for each in BACKENDS.values())
+        raise BackendError(f"unknown backend {name!r}; known backends: {known}")
+    status = backend_status(backend)
+    if status.state == "planned":
+        usable = ", ".join(each.name for each in BACKENDS.values() if each.module)
+        raise BackendError(f"backend {name!r} is not part of this version of gpa-engines; available: {usable}")
+    if status.state == "missing":
+        raise BackendError(f"backend {name!r} {status.detail}: {status.remedy}")
+    return backend
+
+
+def backend_options(name: str) -> dict[str, inspect.Parameter]:
+    """The options that `create_engine` accepts for a backend, by name."""
+    return _options(_factory(require_backend(name)))
+
+
+def create_engine(name: str, model_dir: str | Path, **options: Any) -> Engine:
+    """Load the language model of a checkpoint folder into a backend.
+
+    Raises BackendError for an unknown, uninstalled or wrongly configured backend and CheckpointError for a damaged
+    checkpoint. An option that the backend does not have is refused, never ignored.
+    """
+    create = _factory(require_backend(name))
+    known = _options(create)
+    for option in options:
+        if option not in known:
+            raise BackendError(f"backend {name!r} has no option {option!r}; its options: {', '.join(known)}")
+    return create(Path(model_dir), **options)
+
+
+def _factory(backend: Backend) -> Callable[..., Engine]:
+    assert backend.module is not None
+    return import_module(backend.module).create_engine
+
+
+def _options(create: Callable[..., Engine]) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(create).parameters.values()
+    return {each.name: each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}

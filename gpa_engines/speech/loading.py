@@ -1,0 +1,40 @@
+"""From a model's name to an engine, a codec and a token space that belong together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gpa_codecs.codec import SpeechCodec
+from gpa_codecs.vocabulary import TokenSpace
+from gpa_engines.checkpoint import Checkpoint
+from gpa_engines.engine import Engine
+from gpa_engines.registry import create_engine, require_backend
+
+
+def load_parts(
+    checkpoint: Checkpoint, backend: str, codec_device: str, engine_options: dict[str, Any]
+) -> tuple[Engine, SpeechCodec, TokenSpace]:
+    """Load the engine; the codec loads its own parts when a task first needs them.
+
+    codec_device: "auto" puts the codec where the engine is.
+    """
+    require_backend(backend)
+    space = checkpoint.token_space()
+    engine = create_engine(backend, checkpoint.root, **engine_options)
+    device = engine.info.device if codec_device == "auto" else codec_device
+    return engine, load_codec(checkpoint, device), space
+
+
+def load_codec(checkpoint: Checkpoint, device: str = "cpu") -> SpeechCodec:
+    """The codec of a checkpoint on a torch device; nothing is read from disk until it is needed."""
+    from gpa_codecs.torch_codec import TorchCodec
+
+    return TorchCodec(checkpoint.bicodec_dir, checkpoint.glm_dir, device=device)
+
+
+def open_model(model: str | Path, **overrides: Path | None) -> Checkpoint:
+    """A checkpoint by folder, hub id or "tiny-random"; see Checkpoint.open for the overrides."""
+    from gpa_engines.hub import resolve_model
+
+    return Checkpoint.open(resolve_model(str(model)), **overrides)

@@ -1,0 +1,149 @@
+"""The speech model: every task on one engine, as a coroutine or as a stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Unpack
+
+import anyio.to_thread
+
+from gpa_codecs.audio import AudioSource, Channel, load_audio
+from gpa_codecs.codec import SpeechCodec, Voice
+from gpa_codecs.vocabulary import TokenSpace
+from gpa_engines.engine import Engine
+from gpa_engines.speech.loading import load_parts, open_model
+from gpa_engines.speech.results import AudioPiece, ProgressCallback, Speech, TextDelta, Transcription
+from gpa_engines.speech.runtime import Runtime
+from gpa_engines.speech.speaking import conversion, synthesis
+from gpa_engines.speech.stream import ResultStream
+from gpa_engines.speech.tasks import SamplingOverrides
+from gpa_engines.speech.transcription import transcription
+
+PARALLEL_PIECES = 4
+"""Pieces of one long call that share the engine's batch when nobody listens to the stream."""
+
+
+class AsyncSpeechModel:
+    """Transcribes, speaks and converts voices on one engine; calls may run concurrently.
+
+    Every `stream_*` method gives a ResultStream whose parts, joined, are exactly what the plain method returns for the
+    same seed. Text that is too long for one answer is split at sentence ends, audio that is too long at silences; the
+    result's `pieces` say where. Keyword arguments of the tasks are the fields of SamplingParams. Errors that a user can
+    cause are GpaError.
+    """
+
+    def __init__(self, engine: Engine, codec: SpeechCodec, space: TokenSpace) -> None:
+        self._runtime = Runtime(engine, codec, space)
+
+    @classmethod
+    async def load(
+        cls,
+        model: str | Path,
+        *,
+        backend: str = "torch",
+        bicodec: Path | None = None,
+        glm_tokenizer: Path | None = None,
+        tokenizer: Path | None = None,
+        codec_device: str = "auto",
+        **engine_options: Any,
+    ) -> AsyncSpeechModel:
+        """Load a checkpoint folder, a hub id ("AutoArk-AI/GPA", which downloads it) or "tiny-random".
+
+        bicodec, glm_tokenizer, tokenizer: folders (for the tokenizer a file) to use instead of the checkpoint's own.
+        codec_device: "auto" is the engine's. engine_options: what the backend's `create_engine` takes, e.g. device,
+        dtype, threads. The codec's parts are loaded when a task first needs them.
+        """
+
+        def load() -> tuple[Engine, SpeechCodec, TokenSpace]:
+            checkpoint = open_model(model, bicodec=bicodec, glm_tokenizer=glm_tokenizer, tokenizer=tokenizer)
+            return load_parts(checkpoint, backend, codec_device, engine_options)
+
+        return cls(*await anyio.to_thread.run_sync(load))
+
+    @property
+    def engine(self) -> Engine:
+        return self._runtime.engine
+
+    @property
+    def codec(self) -> SpeechCodec:
+        return self._runtime.codec
+
+    @property
+    def space(self) -> TokenSpace:
+        return self._runtime.space
+
+    async def close(self) -> None:
+        """Cancel what runs and free the engine."""
+        await self.engine.close()
+
+    async def voice(self, audio: AudioSource, *, channel: Channel = "first") -> Voice:
+        """The voice of a reference clip, to be kept and used again."""
+        return await self._runtime.in_codec(lambda: self.codec.voice(load_audio(audio, channel=channel)))
+
+    async def transcribe(
+        self,
+        audio: AudioSource,
+        *,
+        channel: Channel = "first",
+        progress: ProgressCallback | None = None,
+        **sampling: Unpack[SamplingOverrides],
+    ) -> Transcription:
+        """Text of a clip of any length."""
+        return await transcription(self._runtime, audio, channel, sampling, progress, PARALLEL_PIECES).drain()
+
+    def stream_transcribe(
+        self,
+        audio: AudioSource,
+        *,
+        channel: Channel = "first",
+        progress: ProgressCallback | None = None,
+        **sampling: Unpack[SamplingOverrides],
+    ) -> ResultStream[TextDelta, Transcription]:
+        """Text of a clip as it is recognised."""
+        return transcription(self._runtime, audio, channel, sampling, progress, 1)
+
+    async def synthesize(
+        self,
+        text: str,
+        voice: Voice | AudioSource,
+        *,
+        progress: ProgressCallback | None = None,
+        **sampling: Unpack[SamplingOverrides],
+    ) -> Speech:
+        """Speak a text of any length in a voice, or in the voice of a reference clip."""
+        return await synthesis(self._runtime, text, voice, sampling, progress, PARALLEL_PIECES).drain()
+
+    def stream_synthesize(
+        self,
+        text: str,
+        voice: Voice | AudioSource,
+        *,
+        progress: ProgressCallback | None = None,
+        **sampling: Unpack[SamplingOverrides],
+    ) -> ResultStream[AudioPiece, Speech]:
+        """Speak a text, one group of sentences after the other."""
+        return synthesis(self._runtime, text, voice, sampling, progress, 1)
+
+    async def convert(
+        self,
+        audio: AudioSource,
+        voice: Voice | AudioSource,
+        *,
+        channel: Channel = "first",
+        progress: ProgressCallback | None = None,
+        **sampling: Unpack[SamplingOverrides],
+    ) -> Speech:
+        """Say what a clip says, in another voice."""
+        return await conversion(self._runtime, audio, voice, channel, sampling, progress, PARALLEL_PIECES).drain()
+
+    def stream_convert(
+        self,
+        audio: AudioSource,
+        voice: Voice | AudioSource,
+        *,
+        channel: Channel = "first",
+        progress: ProgressCallback | None = None,
+        **sampling: Unpack[SamplingOverrides],
+    ) -> ResultStream[AudioPiece, Speech]:
+        """Say what a clip says in another voice, part by part."""
+        return conversion(self._runtime, audio, voice, channel, sampling, progress, 1)
