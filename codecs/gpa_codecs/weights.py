@@ -1,0 +1,236 @@
+"""Weight files: what they hold (without a framework) and their tensors (torch), whole or sharded, in any key style."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpa_codecs.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+SAFETENSORS = "model.safetensors"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+
+# Bits per element of the safetensors format's dtypes.
+_DTYPE_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16}
+_DTYPE_BITS |= {"I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
+
+# Two names under which torch's weight norm stores magnitude and direction, old and new.
+_WEIGHT_NORM_NAMES = (
+    ("weight_g", "weight_v"),
+    ("parametrizations.weight.original0", "parametrizations.weight.original1"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A stored tensor: dtype as safetensors writes it ("F32", "BF16", "I64"...) and shape in elements."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: str | Path) -> dict[str, TensorSpec]:
+    """Names, dtypes and shapes of a safetensors file, without reading a tensor or importing a framework.
+
+    Raises CheckpointError for a file that is missing, empty, shorter or longer than its header says, or no safetensors.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            text = file.read(length) if 0 < length <= size - 8 else b""
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path} has {size} bytes, too few for a safetensors file; download it again")
+    if not text.startswith(b"{"):
+        raise CheckpointError(f"{path} is truncated or no safetensors file ({size} bytes); download it again")
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        specs = {name: TensorSpec(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        fits = all(_byte_count(specs[name]) == _extent(entry) for name, entry in header.items())
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"{path}: the safetensors header is damaged ({error!r}); download it again") from error
+    if not fits:
+        raise CheckpointError(f"{path}: the safetensors header contradicts itself; download it again")
+    expected = 8 + length + end
+    if size != expected:
+        raise CheckpointError(
+            f"{path} has {size} bytes, but its header announces {expected}: it is truncated or damaged; "
+            "download it again"
+        )
+    return specs
+
+
+def weight_files(folder: str | Path) -> tuple[Path, ...]:
+    """The files that hold a model's weights: one file, or every shard that the index names.
+
+    Looked for in this order: model.safetensors, its index, pytorch_model.bin, its index. Raises CheckpointError when
+    there is none, or when a shard is missing.
+    """
+    folder = Path(folder)
+    for whole, index in ((SAFETENSORS, SAFETENSORS_INDEX), (PICKLE, PICKLE_INDEX)):
+        if (folder / whole).is_file():
+            return (folder / whole,)
+        if (folder / index).is_file():
+            return _shards(folder / index)
+    looked_for = ", ".join((SAFETENSORS, SAFETENSORS_INDEX, PICKLE, PICKLE_INDEX))
+    raise CheckpointError(f"{folder} has no weights; looked for {looked_for}; download the checkpoint again")
+
+
+def load_weights(
+    folder: str | Path, expected: Mapping[str, Sequence[int]], *, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors named in `expected` (name -> shape), and no others, on the CPU.
+
+    A stored name may carry any prefix (`wav2vec2.`, `model.`, `module.`...) as long as it is the same one for all. A
+    weight that is stored as weight norm (Salimans & Kingma 2016), under torch's old or new names, is multiplied out.
+    Tensors are mapped from the file, not copied, unless they are converted to `dtype` (default: as stored), so leave
+    the file unchanged while they live. Raises CheckpointError naming the tensor, its shape and the file.
+    """
+    sources = {name: source for path in weight_files(folder) for name, source in _open(path).items()}
+    prefix = _find_prefix(sources, expected, folder)
+    return {name: _load(sources, prefix + name, tuple(shape), dtype) for name, shape in expected.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One stored tensor that has not been read yet."""
+
+    path: Path
+    read: Callable[[], torch.Tensor]
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = tuple(index.parent / name for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged ({error!r}); download it again") from error
+    if not shards:
+        raise CheckpointError(f"{index} names no file; download it again")
+    for shard in shards:
+        if not shard.is_file():
+            raise CheckpointError(f"{shard} is missing, but {index.name} names it; download it")
+    return shards
+
+
+def _byte_count(spec: TensorSpec) -> int:
+    return math.prod(spec.shape) * _DTYPE_BITS[spec.dtype] // 8
+
+
+def _extent(entry: dict[str, Any]) -> int:
+    start, end = entry["data_offsets"]
+    return end - start
+
+
+def _open(path: Path) -> dict[str, _Source]:
+    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+
+
+def _open_safetensors(path: Path) -> dict[str, _Source]:
+    from safetensors import SafetensorError, safe_open
+
+    names = read_header(path)
+    try:
+        file = safe_open(path, framework="pt", device="cpu").__enter__()
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
+    return {name: _Source(path, lambda name=name: file.get_tensor(name)) for name in names}
+
+
+def _open_pickle(path: Path) -> dict[str, _Source]:
+    import torch
+
+    try:
+        # Files older than torch 1.6 are no zip archives and cannot be mapped.
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds more than tensors, or is damaged, and is not loaded: {error}") from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{path}: expected a dictionary of tensors, found {type(tensors).__name__}")
+    return {
+        name: _Source(path, lambda tensor=tensor: tensor)
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
+def _stored_as(sources: Mapping[str, _Source], name: str) -> tuple[str, ...] | None:
+    """The stored name of a tensor, or the two of its weight norm; None when the file has neither."""
+    if name in sources:
+        return (name,)
+    stem, _, leaf = name.rpartition(".")
+    if leaf == "weight":
+        for magnitude, direction in _WEIGHT_NORM_NAMES:
+            pair = (f"{stem}.{magnitude}", f"{stem}.{direction}")
+            if all(part in sources for part in pair):
+                return pair
+    return None
+
+
+def _find_prefix(sources: Mapping[str, _Source], expected: Mapping[str, Sequence[int]], folder: str | Path) -> str:
+    """The one prefix under which every expected tensor is stored; where none fits, say what the best one lacks."""
+    first = next(iter(expected))
+    stem = first.removesuffix(".weight")
+    forms = [first, *(f"{stem}.{direction}" for _, direction in _WEIGHT_NORM_NAMES)]
+    candidates = {"": None}
+    candidates |= {name.removesuffix(form): None for name in sources for form in forms if name.endswith(f".{form}")}
+    missing = {
+        prefix: [name for name in expected if _stored_as(sources, prefix + name) is None] for prefix in candidates
+    }
+    best = min(missing, key=lambda prefix: len(missing[prefix]))
+    if missing[best]:
+        files = ", ".join(path.name for path in weight_files(folder))
+        raise CheckpointError(
+            f"{folder}: {files} lacks {len(missing[best])} of {len(expected)} tensors, "
+            f"first {best + missing[best][0]}: the weights do not belong to this configuration, or are incomplete"
+        )
+    return best
+
+
+def _load(sources: Mapping[str, _Source], name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor:
+    stored = _stored_as(sources, name)
+    assert stored is not None, name
+    parts = [sources[part].read() for part in stored]
+    if dtype is not None:
+        parts = [part.to(dtype) for part in parts]
+    tensor = parts[0] if len(parts) == 1 else _multiply_out(*parts, sources[stored[0]].path, stored[0])
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(
+            f"{sources[stored[0]].path}: {stored[-1]} has shape {tuple(tensor.shape)}; expected {shape}, "
+            "which the configuration beside it asks for"
+        )
+    return tensor
+
+
+def _multiply_out(magnitude: torch.Tensor, direction: torch.Tensor, path: Path, name: str) -> torch.Tensor:
+    """Weight norm to a plain weight: each slice along the magnitude's own axis gets that magnitude as its L2 norm."""
+    import torch
+
+    shared = [axis for axis, size in enumerate(magnitude.shape) if size == 1]
+    if magnitude.ndim != direction.ndim or any(
+        size not in (1, direction.shape[axis]) for axis, size in enumerate(magnitude.shape)
+    ):
+        raise CheckpointError(
+            f"{path}: {name} has shape {tuple(magnitude.shape)}, which does not go with {tuple(direction.shape)}"
+        )
+    return direction * (magnitude / torch.linalg.vector_norm(direction, dim=shared, keepdim=True))
