@@ -62,9 +62,11 @@ class LMConfig:
             "max_position_embeddings",
         )
         geometry = {name: _positive_int(values, name, source) for name in sizes}
-        heads, kv_heads = geometry["num_attention_heads"], geometry["num_key_value_heads"]
-        if heads % kv_heads:
-            raise CheckpointError(f"{source}: num_attention_heads {heads} is not a multiple of {kv_heads} key-value heads")
+        heads, groups = geometry["num_attention_heads"], geometry["num_key_value_heads"]
+        if heads % groups:
+            raise CheckpointError(
+                f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
+            )
         if values.get("head_dim") is None:
             head_dim = geometry["hidden_size"] // heads
         else:
@@ -95,7 +97,7 @@ def _rope_theta(values: dict[str, Any], source: str) -> float:
         raise CheckpointError(f"{source}: rope type is {kind!r}; only plain rotary embeddings are supported")
     top, nested = values.get("rope_theta"), parameters.get("rope_theta")
     if top is not None and nested is not None and float(top) != float(nested):
-        raise CheckpointError(f"{source}: rope_theta is {top} but rope_parameters.rope_theta is {nested}; make them equal")
+        raise CheckpointError(f"{source}: rope_theta is {top} but rope_parameters.rope_theta is {nested}")
     theta = top if top is not None else nested
     if theta is None:
         raise CheckpointError(f"{source}: neither rope_theta nor rope_parameters.rope_theta is given")
