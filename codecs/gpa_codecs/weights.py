@@ -10,12 +10,14 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gpa_codecs.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+
+Module = TypeVar("Module", bound="torch.nn.Module")
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -109,6 +111,22 @@ def load_weights(
     return {name: _load(sources, prefix + name, tuple(shape), dtype) for name, shape in expected.items()}
 
 
+def load_module(build: Callable[[], Module], folder: str | Path, device: torch.device) -> Module:
+    """A network in float32 on `device`, ready for inference, with the weights that `folder` has for it.
+
+    build: makes the network; every tensor of its state dict is read, under its name there, and nothing else is.
+    Nothing is initialised first: the network is built without storage and takes the loaded tensors as they are.
+    """
+    import torch
+
+    with torch.device("meta"):
+        module = build()
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    expected = {name: shape for name, shape in expected.items() if not name.endswith("num_batches_tracked")}
+    module.load_state_dict(load_weights(folder, expected, dtype=torch.float32), strict=False, assign=True)
+    return module.to(device).eval().requires_grad_(False)
+
+
 @dataclass(frozen=True, slots=True)
 class _Source:
     """One stored tensor that has not been read yet."""
@@ -149,7 +167,7 @@ def _open_safetensors(path: Path) -> dict[str, _Source]:
 
     names = read_header(path)
     try:
-        file = safe_open(path, framework="pt", device="cpu").__enter__()
+        file = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
     return {name: _Source(path, lambda name=name: file.get_tensor(name)) for name in names}
@@ -213,7 +231,7 @@ def _load(sources: Mapping[str, _Source], name: str, shape: tuple[int, ...], dty
     parts = [sources[part].read() for part in stored]
     if dtype is not None:
         parts = [part.to(dtype) for part in parts]
-    tensor = parts[0] if len(parts) == 1 else _multiply_out(*parts, sources[stored[0]].path, stored[0])
+    tensor = parts[0] if len(parts) == 1 else _multiply_out(parts[0], parts[1], sources[stored[0]].path, stored[0])
     if tuple(tensor.shape) != shape:
         raise CheckpointError(
             f"{sources[stored[0]].path}: {stored[-1]} has shape {tuple(tensor.shape)}; expected {shape}, "
