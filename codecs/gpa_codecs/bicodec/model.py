@@ -5,6 +5,7 @@ Module names are those of the released weight file, so that a part's state dict 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from gpa_codecs.bicodec.config import BiCodecConfig, QuantizerConfig, SpeakerConfig
@@ -67,13 +68,13 @@ class _CodebookIn(nn.Module):
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
         self.in_project = nn.Conv1d(config.input_dim, config.codebook_dim, kernel_size=1)
-        self.codebook = nn.Embedding(config.codebook_size, config.codebook_dim)
+        self.codebook = nn.Embedding.from_pretrained(torch.empty(config.codebook_size, config.codebook_dim))
 
 
 class _CodebookOut(nn.Module):
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
-        self.codebook = nn.Embedding(config.codebook_size, config.codebook_dim)
+        self.codebook = nn.Embedding.from_pretrained(torch.empty(config.codebook_size, config.codebook_dim))
         self.out_project = nn.Conv1d(config.codebook_dim, config.input_dim, kernel_size=1)
 
 
@@ -82,13 +83,23 @@ class _SpeakerIn(nn.Module):
         super().__init__()
         self.speaker_encoder = EcapaTdnn(config.input_dim)
         self.perceiver_sampler = PerceiverResampler(config)
-        self.quantizer = nn.Module()
-        self.quantizer.project_in = nn.Linear(config.latent_dim, len(config.fsq_levels))
+        self.quantizer = _ScalarsIn(config)
 
 
 class _SpeakerOut(nn.Module):
     def __init__(self, config: SpeakerConfig) -> None:
         super().__init__()
-        self.quantizer = nn.Module()
-        self.quantizer.project_out = nn.Linear(len(config.fsq_levels), config.latent_dim)
+        self.quantizer = _ScalarsOut(config)
         self.project = nn.Linear(config.latent_dim * config.token_num, config.out_dim)
+
+
+class _ScalarsIn(nn.Module):
+    def __init__(self, config: SpeakerConfig) -> None:
+        super().__init__()
+        self.project_in = nn.Linear(config.latent_dim, len(config.fsq_levels))
+
+
+class _ScalarsOut(nn.Module):
+    def __init__(self, config: SpeakerConfig) -> None:
+        super().__init__()
+        self.project_out = nn.Linear(len(config.fsq_levels), config.latent_dim)

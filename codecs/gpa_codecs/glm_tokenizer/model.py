@@ -18,9 +18,9 @@ class GlmEncoder(nn.Module):
         self.pooling = config.pooling_kernel_size
         self.conv1 = nn.Conv1d(config.num_mel_bins, config.d_model, kernel_size=3)
         self.conv2 = nn.Conv1d(config.d_model, config.d_model, kernel_size=3, stride=CONV_STRIDE)
-        self.embed_positions = nn.Embedding(config.max_source_positions, config.d_model)
+        self.embed_positions = nn.Embedding.from_pretrained(torch.empty(config.max_source_positions, config.d_model))
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
-        self.codebook = nn.Embedding(config.codebook_size, config.d_model)
+        self.codebook = nn.Embedding.from_pretrained(torch.empty(config.codebook_size, config.d_model))
 
     def forward(self, log_mel: Tensor, frames: int) -> Tensor:
         """frames: how many of the F frames are audio rather than padding, equal for all rows of the batch."""
