@@ -1,4 +1,4 @@
-"""Write a complete random-weight checkpoint in GPA's released layout: python tools/make_checkpoint.py OUT --size tiny."""
+"""Write a random-weight checkpoint in GPA's released layout: python tools/make_checkpoint.py OUT --size tiny."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from gpa_codecs.errors import GpaError
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gpa_codecs.errors import GpaError
 from gpa_engines.random_checkpoint import Size, make_checkpoint
 
 

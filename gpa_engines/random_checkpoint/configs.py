@@ -128,7 +128,7 @@ def vocabulary_layout(size: Size) -> VocabularyLayout:
 
 
 def language_model(size: Size, seed: int) -> dict[str, Any]:
-    """config.json: Qwen3, readable by transformers 4 (`rope_theta`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`)."""
+    """config.json: Qwen3, written as transformers 4 (`rope_theta`, `torch_dtype`) and 5 (`rope_parameters`) do."""
     dims = _DIMENSIONS[size]
     rope_theta = 1_000_000.0
     return {

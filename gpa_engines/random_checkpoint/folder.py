@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from gpa_codecs.errors import CheckpointError
 
+from gpa_codecs.errors import CheckpointError
 from gpa_engines.random_checkpoint import configs, parameters
 from gpa_engines.random_checkpoint.configs import Size
 from gpa_engines.random_checkpoint.values import Tensor, write_safetensors
@@ -32,6 +32,7 @@ Progress = Callable[[str, int, int], None]
 
 _WAV2VEC2 = "BiCodec/wav2vec2-large-xlsr-53"
 _GLM = "glm-4-voice-tokenizer"
+_WEIGHTS = tuple(f"{folder}model.safetensors" for folder in ("", "BiCodec/", f"{_WAV2VEC2}/", f"{_GLM}/"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,10 @@ def make_checkpoint(
             raise OSError(errno.ENOSPC, f"{contents.weight_bytes:,} bytes needed, {free:,} free")
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
         try:
-            _fill(temporary, contents, seed, progress)
-            _move_into_place(temporary, out)
+            folder = temporary / out.name
+            folder.mkdir()
+            _fill(folder, contents, seed, progress)
+            _move_into_place(folder, out, temporary / "replaced" if overwrite else None)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
@@ -88,12 +91,13 @@ def tiny_random_checkpoint() -> Path:
     writes its own copy and the first rename wins. Raises CheckpointError.
     """
     out = cache_folder() / f"tiny-random-{RECIPE}"
-    try:
-        return make_checkpoint(out, "tiny", 0)
-    except CheckpointError:
-        if is_random_checkpoint(out):
-            return out
-        raise
+    if not _is_whole(out):
+        try:
+            make_checkpoint(out, "tiny", 0, overwrite=is_random_checkpoint(out))
+        except CheckpointError:
+            if not _is_whole(out):  # else another process was faster
+                raise
+    return out
 
 
 def is_random_checkpoint(folder: Path) -> bool:
@@ -135,17 +139,22 @@ def _contents(size: Size, seed: int) -> _Contents:
             f"{_GLM}/config.json": _json(glm),
             f"{_GLM}/preprocessor_config.json": _json(configs.glm_preprocessor(size)),
         },
-        weights={
-            "model.safetensors": parameters.language_model(lm),
-            "BiCodec/model.safetensors": parameters.bicodec(bicodec, dtype=dtype),
-            f"{_WAV2VEC2}/model.safetensors": parameters.wav2vec2(wav2vec2, dtype=dtype),
-            f"{_GLM}/model.safetensors": parameters.glm_tokenizer(glm, dtype=dtype),
-        },
+        weights=dict(
+            zip(
+                _WEIGHTS,
+                (
+                    parameters.language_model(lm),
+                    parameters.bicodec(bicodec, dtype=dtype),
+                    parameters.wav2vec2(wav2vec2, dtype=dtype),
+                    parameters.glm_tokenizer(glm, dtype=dtype),
+                ),
+                strict=True,
+            )
+        ),
     )
 
 
 def _fill(folder: Path, contents: _Contents, seed: int, progress: Progress | None) -> None:
-    folder.chmod(0o755)
     for name, text in contents.texts.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +169,7 @@ def _fill(folder: Path, contents: _Contents, seed: int, progress: Progress | Non
             if progress is not None:
                 progress(name, done, total)
 
-        write_safetensors(folder / name, tensors, seed, advance=advance)
+        write_safetensors(folder / name, tensors, f"{seed}:{name}", advance=advance)
 
 
 def _check_target(out: Path, names: set[str], overwrite: bool) -> None:
@@ -182,20 +191,24 @@ def _check_target(out: Path, names: set[str], overwrite: bool) -> None:
         raise CheckpointError(f"{out} also holds {foreign[0]!r}, which this tool did not write; not replaced")
 
 
-def _move_into_place(folder: Path, out: Path) -> None:
-    if not out.exists():
+def _move_into_place(folder: Path, out: Path, replaced: Path | None) -> None:
+    """Rename `folder` to `out`; what is there becomes `replaced`, or, where that is None, must be an empty folder."""
+    if replaced is None or not out.exists():
+        if out.exists():
+            out.rmdir()  # fails if another process has filled it meanwhile
         folder.rename(out)
         return
-    replaced = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    old = out.rename(replaced)
     try:
-        old = out.rename(replaced / out.name)
-        try:
-            folder.rename(out)
-        except BaseException:
-            old.rename(out)
-            raise
-    finally:
-        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+
+
+def _is_whole(folder: Path) -> bool:
+    needed = ("tokenizer.json", "BiCodec/config.yaml", *_WEIGHTS)
+    return is_random_checkpoint(folder) and all((folder / name).is_file() for name in needed)
 
 
 def _json(value: dict[str, Any]) -> str:

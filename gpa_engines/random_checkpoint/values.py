@@ -47,12 +47,12 @@ class Tensor:
 
 
 def write_safetensors(
-    path: Path, tensors: Sequence[Tensor], seed: int, *, advance: Callable[[int], None] | None = None
+    path: Path, tensors: Sequence[Tensor], key: str, *, advance: Callable[[int], None] | None = None
 ) -> None:
     """Write `tensors` to `path` in the safetensors format, one chunk in memory at a time.
 
-    `advance(n)` is called after every n bytes of tensor data. The file name is part of every tensor's key, so equal
-    names in two files differ. Raises OSError.
+    The values of a tensor depend on `key` and its name alone. `advance(n)` is called after every n bytes of tensor
+    data. Raises OSError.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -68,12 +68,12 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in ordered:
-            _write_data(file, tensor, f"{path.parent.name}/{path.name}:{tensor.name}", seed, advance)
+            _write_data(file, tensor, key, advance)
 
 
-def uniform_chunks(tensor: Tensor, key: str, seed: int) -> Iterator[NDArray[np.float32]]:
+def uniform_chunks(tensor: Tensor, key: str) -> Iterator[NDArray[np.float32]]:
     """Values of a floating tensor in storage order, as float32[<= 2^20] pieces before any rounding to bfloat16."""
-    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    digest = hashlib.sha256(f"{key}:{tensor.name}".encode()).digest()
     bits = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
     step = np.float32((tensor.high - tensor.low) / 65535)
     middle = np.float32((tensor.high + tensor.low) / 2)
@@ -93,11 +93,11 @@ def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
 
 
-def _write_data(file: BinaryIO, tensor: Tensor, key: str, seed: int, advance: Callable[[int], None] | None) -> None:
+def _write_data(file: BinaryIO, tensor: Tensor, key: str, advance: Callable[[int], None] | None) -> None:
     if tensor.dtype == "I64":
         file.write(bytes(tensor.nbytes))
         return
-    for values in uniform_chunks(tensor, key, seed):
+    for values in uniform_chunks(tensor, key):
         data = to_bfloat16(values) if tensor.dtype == "BF16" else values.astype("<f4", copy=False)
         file.write(data.data)
         if advance is not None:
