@@ -109,7 +109,10 @@ def test_bfloat16_rounds_to_nearest_even_as_torch_does() -> None:
     import torch
 
     values = np.concatenate(
-        [next(uniform_chunks(Tensor("w", (100_000,), -3, 3), "key")), np.float32([0, 1.00390625, 1.01171875, -0.5])]
+        [
+            next(uniform_chunks(Tensor("w", (100_000,), -3, 3), "key")),
+            np.array([0, 1.00390625, 1.01171875, -0.5], np.float32),
+        ]
     )
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     assert np.array_equal(to_bfloat16(values), expected)
@@ -161,13 +164,12 @@ def test_transformers_reads_model_and_tokenizer(tiny: Path) -> None:
     assert tokenizer.convert_tokens_to_ids("<|bicodec_global_4095|>") == layout.global_ + 4095
     assert tokenizer.convert_tokens_to_ids("<|bicodec_semantic_0|>") == layout.semantic
 
-    model = Qwen3ForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    model: Any = Qwen3ForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     assert model.config.rope_parameters["rope_theta"] == 1e6
     ids = torch.arange(layout.semantic, layout.semantic + 60)[None]
     with torch.inference_mode():
         logits = model(ids).logits[0]
-        generate: Any = model.generate  # transformers' own annotations do not accept its models
-        generated = generate(ids[:, :20], max_new_tokens=40, do_sample=False)[0, 20:]
+        generated = model.generate(ids[:, :20], max_new_tokens=40, do_sample=False)[0, 20:]
     assert bool(torch.isfinite(logits).all())
     assert 0.3 < float(logits.std()) < 5
     assert len(set(logits.argmax(-1).tolist())) > 30
