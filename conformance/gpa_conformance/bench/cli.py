@@ -1,0 +1,162 @@
+"""`gpa-bench`: exit status 0 when everything was measured, 1 when something failed, 2 for misuse, 130 for Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from gpa_codecs.errors import GpaError
+
+FAILED, MISUSE, INTERRUPTED = 1, 2, 130
+
+PLAIN_WIDTH = 160
+"""Columns of a table that goes into a file or pipe."""
+
+app = typer.Typer(
+    name="gpa-bench",
+    add_completion=False,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+@app.callback()
+def _about() -> None:
+    """Measure engines and the codec of a GPA checkpoint, side by side under the same conditions."""
+
+
+@app.command()
+def engine(
+    model: Annotated[str, typer.Option(metavar="DIR", help="Checkpoint folder, hub id, or tiny-random.")],
+    backend: Annotated[list[str], typer.Option(help="Backend to measure; repeat for several.")] = ["torch"],  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="Dtype of every backend; repeat for several.")] = ["float32"],  # noqa: B006
+    vs: Annotated[str | None, typer.Option(metavar="transformers", help="Yardstick to run beside.")] = None,
+    vs_batch: Annotated[list[int], typer.Option(help="Batch that the yardstick runs too.")] = [1],  # noqa: B006
+    device: Annotated[str, typer.Option(help="Device of the engines, e.g. cpu or cuda.")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads of each contender.")] = 2,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of every prompt.")] = 200,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that each request decodes.")] = 64,
+    batch: Annotated[list[int], typer.Option(help="Concurrent requests; repeat.")] = [1, 4, 16],  # noqa: B006
+    head: Annotated[list[str], typer.Option(help="LM head: full or restricted; repeat.")] = ["full", "restricted"],  # noqa: B006
+    repeats: Annotated[int, typer.Option(help="Rounds.")] = 3,
+    logit_positions: Annotated[int, typer.Option(help="Positions of the comparison of logits; 0: none.")] = 256,
+    codec: Annotated[bool, typer.Option(help="Measure the stages of the codec.")] = True,
+    jobs: Annotated[bool, typer.Option(help="Run a tts-a and an stt job per engine for their peak memory.")] = False,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest wait for one answer.")] = 900.0,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every sample here.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Progress line by line, and tracebacks.")] = False,
+) -> int:
+    """Load time, peak memory, prefill and decode speed, distance of the logits, and the codec's stages."""
+    from gpa_conformance.bench.benchmark import Settings, run_benchmark
+    from gpa_conformance.bench.report import document, encode
+    from gpa_conformance.bench.tables import print_tables
+    from gpa_conformance.bench.workload import Workload
+
+    settings = Settings(
+        model=model,
+        backends=tuple(dict.fromkeys(backend)),
+        dtypes=tuple(dict.fromkeys(dtype)),
+        device=device,
+        threads=threads,
+        workload=Workload(prompt_tokens, new_tokens, tuple(batch), tuple(head), repeats, logit_positions),  # pyright: ignore[reportArgumentType]
+        vs=vs,
+        vs_batches=tuple(vs_batch),
+        codec=codec,
+        jobs=jobs,
+        timeout=timeout,
+    )
+    if json_file is not None:
+        _check_target(json_file)
+    with _Progress(verbose) as progress:
+        result = run_benchmark(settings, progress)
+    values = document(result)
+    if json_file is not None:
+        _write(json_file, encode(values))
+    print_tables(values, Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH))
+    for failure in result.failures:
+        _complain(failure)
+    if verbose:
+        print(*(record.traceback for record in result.records if record.traceback), sep="\n", file=sys.stderr)
+    return FAILED if result.failures else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (sys.argv without one) and return the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = app(arguments, prog_name="gpa-bench", standalone_mode=False)
+    except typer.TyperException as error:
+        _complain(f"{error.format_message().rstrip('.')}; see gpa-bench engine --help")
+        return MISUSE
+    except GpaError as error:
+        if {"-v", "--verbose"} & set(arguments):
+            traceback.print_exc()
+        _complain(str(error))
+        return MISUSE
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing was written")
+        return INTERRUPTED
+    return int(status or 0)
+
+
+class _Progress:
+    """The current step on standard error: one changing line on a terminal, with verbose a line each."""
+
+    def __init__(self, verbose: bool) -> None:
+        console = Console(stderr=True, highlight=False)
+        self._verbose = verbose
+        self._console = console
+        self._status = console.status("starting") if console.is_terminal and not verbose else None
+
+    def __enter__(self) -> _Progress:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def __call__(self, step: str) -> None:
+        if self._status is not None:
+            self._status.update(step)
+        elif self._verbose:
+            self._console.print(step, soft_wrap=True)
+
+
+def _check_target(path: Path) -> None:
+    """Say before the work starts that the report could not be written."""
+    folder = path.resolve().parent
+    if path.is_dir():
+        raise GpaError(f"--json {path} is a folder; name a file")
+    if not folder.is_dir():
+        raise GpaError(f"--json {path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise GpaError(f"--json {path}: folder {folder} cannot be written to")
+
+
+def _write(path: Path, content: bytes) -> None:
+    from gpa_codecs.files import write_atomically
+
+    try:
+        write_atomically(path.resolve(), content)
+    except OSError as error:
+        raise GpaError(f"--json {path}: cannot be written: {error.strerror or error}") from error
+
+
+def _complain(message: str) -> None:
+    console = Console(stderr=True, highlight=False)
+    console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
