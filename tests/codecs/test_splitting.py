@@ -157,7 +157,7 @@ def test_a_book_is_split_quickly() -> None:
     assert without_space("".join(pieces)) == without_space(book)
 
 
-def test_estimates_are_near_real_speech(audio_dir: Path) -> None:
+def test_estimates_are_those_of_unhurried_reading() -> None:
     assert estimate_speech_seconds("") == 0
     assert estimate_speech_seconds("...!") == 0
     assert 2 < estimate_speech_seconds("Hello world, this is Major Tom speaking.") < 4
@@ -196,7 +196,7 @@ def test_slices_cover_the_clip_within_the_limits(count: int, max_seconds: float,
     if len(slices) > 1:
         assert min(lengths) >= 400
         assert lengths[-1] >= min(16000, int(max_seconds * 16000) // 2)
-    assert slices == cut_at_silences(pcm.astype(np.float32).astype(np.float64), max_seconds) or kind == "noise"
+    assert slices == cut_at_silences(pcm.copy(), max_seconds)
 
 
 def test_audio_is_cut_in_the_middle_of_the_longest_pause() -> None:

@@ -75,7 +75,7 @@ def move_one_family_into_the_vocabulary(document: dict[str, Any]) -> None:
 # --- families and control tokens --------------------------------------------------------------------------------------
 
 
-def test_families_are_found_by_name(space: TokenSpace, goldens: dict[str, Any]) -> None:
+def test_families_are_found_by_name(space: TokenSpace) -> None:
     assert space.glm == TokenFamily("glm_semantic", 560, 160)
     assert space.global_ == TokenFamily("bicodec_global", 720, 4096)
     assert space.semantic == TokenFamily("bicodec_semantic", 4816, 320)

@@ -1,0 +1,26 @@
+"""Modules without a framework stay without one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "gpa_codecs.audio",
+        "gpa_codecs.codec",
+        "gpa_codecs.prompts",
+        "gpa_codecs.splitting",
+        "gpa_codecs.vocabulary",
+        "gpa_engines.examples",
+        "gpa_engines.sampling",
+    ],
+)
+def test_no_framework_is_imported(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'huggingface_hub'}} & sys.modules.keys()))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
