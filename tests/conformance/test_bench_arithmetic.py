@@ -56,6 +56,15 @@ def test_requests_that_ran_one_after_the_other_have_no_batch_rate() -> None:
         decode_rate([trace([0.0, 1.0, 2.0]), trace([3.0, 4.0, 5.0])])
 
 
+def test_a_first_token_that_was_read_late_does_not_flatter() -> None:
+    late = trace([2.9, 3.0, 4.0])
+    late.settle(decode=3.0)
+    assert decode_rate([late]).tokens_per_s == pytest.approx(2 / 3)
+    early = trace([1.0, 3.0, 5.0])
+    early.settle(decode=3.0)
+    assert decode_rate([early]).tokens_per_s == pytest.approx(0.5)
+
+
 def test_the_lead_is_what_the_earliest_request_made_before_the_last_started() -> None:
     assert lead([trace([0.0, 1.0, 2.0, 3.0]), trace([1.5, 2.5]), trace([2.5, 3.5])]) == 3
     assert lead([trace([1.0, 2.0])]) == 0

@@ -207,6 +207,8 @@ def _compare_logits(
         notes.append(f"no comparison of logits: the reference failed: {reference.failed}")
         return
     for record in records:
+        if record.child is None:
+            continue
         progress(f"logits: {record.spec.name}")
         record.logits = record.ask("compare_logits", path=str(saved), positions=positions) or None
 

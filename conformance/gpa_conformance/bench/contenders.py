@@ -93,6 +93,8 @@ class EngineGenerator:
             async for delta in deltas:
                 if delta.ids:
                     trace.add(len(delta.ids))
+                if delta.usage is not None and trace.tokens:
+                    trace.settle(delta.usage.decode)
         wanted = request.sampling.max_new_tokens
         if trace.tokens != wanted:
             raise RequestError(f"asked for {wanted} tokens, the engine gave {trace.tokens}")

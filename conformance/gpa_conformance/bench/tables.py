@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -11,17 +10,20 @@ from rich.text import Text
 
 GIBIBYTE = 2**30
 
-Cell = Text | str
-
 
 def print_tables(values: dict[str, Any], console: Console) -> None:
     """Everything that was measured: contenders side by side, the codec's stages, the jobs, the notes."""
     console.print(_heading(values), soft_wrap=True)
-    console.print(_contenders(values["contenders"]))
+    console.print(_speed(values["contenders"]))
+    console.print(_cpu(values["contenders"]))
+    console.print(_costs(values["contenders"]))
     if values["codec"]:
         console.print(_codec(values["codec"]))
     if values["jobs"]:
         console.print(_jobs(values["jobs"]))
+    for contender in values["contenders"]:
+        if contender["failed"]:
+            console.print(Text(f"{contender['name']} failed: {contender['failed']}", style="red"), soft_wrap=True)
     for note in values["notes"]:
         console.print(f"note: {note}", soft_wrap=True)
 
@@ -33,32 +35,42 @@ def _heading(values: dict[str, Any]) -> str:
     return (
         f"{machine['cpu']}, {machine['usable_cores']} cores{others}, {settings['threads']} threads; "
         f"prompt {workload['prompt_tokens']} tokens, {workload['new_tokens']} new, {workload['repeats']} rounds\n"
-        "median (lowest-highest) of the rounds; x: times the yardstick of the matching dtype, same round"
+        "median (lowest-highest) of the rounds"
     )
 
 
-def _contenders(contenders: list[dict[str, Any]]) -> Table:
-    table = _table("engines", "", *(contender["name"] for contender in contenders))
+def _speed(contenders: list[dict[str, Any]]) -> Table:
+    wanted = _wanted(contenders)
+    title = "tokens per second; x: times the yardstick of the matching dtype; /: times batch 1 of the same head"
+    table = _table(title, "engine", *(_label(*key) for key in wanted))
+    for contender in contenders:
+        table.add_row(contender["name"], *(_rate(_find(contender, key)) for key in wanted), end_section=True)
+    return table
 
-    def row(name: str, cell: Callable[[dict[str, Any]], Cell]) -> None:
-        table.add_row(name, *(cell(contender) for contender in contenders))
 
-    if any(contender["failed"] for contender in contenders):
-        row("", lambda c: Text(f"failed: {c['failed']}", style="red") if c["failed"] else "ok")
-    row("import, s", lambda c: _number(c["import_s"], 1))
-    row("load, s", lambda c: _number(c["load_s"], 1))
-    for key in dict.fromkeys(key for contender in contenders for key in contender["peak_rss"]):
-        row(f"peak RSS, GiB: {key.replace('_', ' ')}", lambda c, key=key: _gib(c["peak_rss"].get(key)))
-    for wanted in dict.fromkeys(_key(m) for contender in contenders for m in contender["measurements"]):
-        name = _label(*wanted)
-        row(f"{name}, tok/s", lambda c, wanted=wanted: _rate(_find(c, wanted)))
-        row(f"{name}, CPU ms/token", lambda c, wanted=wanted: _cpu(_find(c, wanted)))
-        if wanted[0] == "decode" and wanted[1] > 1:
-            row(f"{name}, against batch 1", lambda c, wanted=wanted: _times(_find(c, wanted), "scaling"))
-    if any(contender["logits"] for contender in contenders):
-        row("logits, rel-L2 to torch/float32", lambda c: _percent(c["logits"], "rel_l2"))
-        row("logits, worst position", lambda c: _percent(c["logits"], "worst_rel_l2"))
-        row("logits, top-1 agreement", lambda c: _percent(c["logits"], "top1_agreement"))
+def _cpu(contenders: list[dict[str, Any]]) -> Table:
+    wanted = _wanted(contenders)
+    table = _table("CPU milliseconds per token, all threads", "engine", *(_label(*key) for key in wanted))
+    for contender in contenders:
+        spent = [(_find(contender, key) or {}).get("cpu_s_per_token") for key in wanted]
+        table.add_row(contender["name"], *(f"{s['median'] * 1000:.1f}" if s else "-" for s in spent))
+    return table
+
+
+def _costs(contenders: list[dict[str, Any]]) -> Table:
+    peaks = list(dict.fromkeys(key for contender in contenders for key in contender["peak_rss"]))
+    distances = {"rel-L2": "rel_l2", "worst rel-L2": "worst_rel_l2", "top-1": "top1_agreement"}
+    named = [f"peak GiB, {key.replace('_', ' ')}" for key in peaks]
+    title = "loading, peak resident memory, logits against torch/float32"
+    table = _table(title, "engine", "import, s", "load, s", *named, *distances)
+    for contender in contenders:
+        table.add_row(
+            contender["name"],
+            _number(contender["import_s"], 1),
+            _number(contender["load_s"], 1),
+            *(_gib(contender["peak_rss"].get(key)) for key in peaks),
+            *(_percent(contender["logits"], name) for name in distances.values()),
+        )
     return table
 
 
@@ -95,9 +107,9 @@ def _jobs(jobs: list[dict[str, Any]]) -> Table:
 
 def _table(title: str, first: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", show_lines=False)
-    table.add_column(first, overflow="fold")
+    table.add_column(first)
     for column in columns:
-        table.add_column(column, justify="right", overflow="fold")
+        table.add_column(column, justify="right")
     return table
 
 
@@ -106,29 +118,29 @@ def _key(measurement: dict[str, Any]) -> tuple[str, int, str]:
 
 
 def _label(kind: str, batch: int, head: str) -> str:
-    return "prefill" if kind == "prefill" else f"decode, batch {batch}, {head} head"
+    return "prefill" if kind == "prefill" else f"batch {batch}, {head}"
+
+
+def _wanted(contenders: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
+    """Every measurement that a contender was to take, in the order of a round."""
+    keys = (_key(measurement) for contender in contenders for measurement in contender["measurements"])
+    return sorted(dict.fromkeys(keys), key=lambda key: (key[0] != "prefill", key[1], key[2] != "full"))
 
 
 def _find(contender: dict[str, Any], wanted: tuple[str, int, str]) -> dict[str, Any] | None:
     return next((m for m in contender["measurements"] if _key(m) == wanted), None)
 
 
-def _rate(measurement: dict[str, Any] | None) -> Cell:
+def _rate(measurement: dict[str, Any] | None) -> Text:
     if measurement is None or measurement["tokens_per_s"] is None:
-        return "-"
-    ratio = measurement["ratio"]
-    text = Text(_spread(measurement["tokens_per_s"], 1))
-    return text.append(f"\n{ratio['median']:.2f}x", style="bold") if ratio else text
-
-
-def _cpu(measurement: dict[str, Any] | None) -> Cell:
-    spent = measurement and measurement["cpu_s_per_token"]
-    return f"{spent['median'] * 1000:.1f}" if spent else "-"
-
-
-def _times(measurement: dict[str, Any] | None, name: str) -> Cell:
-    times = measurement and measurement[name]
-    return f"{times['median']:.2f}x" if times else "-"
+        return Text("-")
+    rate, ratio, scaling = measurement["tokens_per_s"], measurement["ratio"], measurement["scaling"]
+    text = Text(f"{rate['median']:.1f}\n({rate['min']:.1f}-{rate['max']:.1f})")
+    if ratio:
+        text.append(f"\n{ratio['median']:.2f}x", style="bold")
+    if scaling:
+        text.append(f"\n/ {scaling['median']:.2f}", style="bold")
+    return text
 
 
 def _spread(spread: dict[str, Any], digits: int) -> str:

@@ -25,6 +25,14 @@ class Trace:
         self.cpu.append(time.process_time())
         self.counts.append(count)
 
+    def settle(self, decode: float) -> None:
+        """Believe the engine where it says that decoding took longer than was seen.
+
+        The first delta may be read late, when the engine's thread keeps the interpreter or the machine is busy; the
+        time that is seen would then be too short and flatter the engine.
+        """
+        self.wall[0] = min(self.wall[0], self.wall[-1] - decode)
+
     @property
     def tokens(self) -> int:
         return sum(self.counts)

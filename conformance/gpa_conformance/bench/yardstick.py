@@ -19,10 +19,12 @@ from gpa_conformance.bench.workload import ContenderSpec
 
 NAME = "transformers"
 
+PACKAGES = ("torch", "transformers")
+
 
 def require_yardstick() -> None:
     """Raise BackendError saying how to install what the yardstick needs."""
-    missing = [package for package in ("torch", "transformers") if find_spec(package) is None]
+    missing = [package for package in PACKAGES if find_spec(package) is None]
     if missing:
         raise BackendError(f"--vs {NAME} needs {' and '.join(missing)}: pip install 'gpa-engines[dev]'")
 
