@@ -41,8 +41,8 @@ class TorchCodec:
     """A :class:`gpa_codecs.codec.SpeechCodec` in float32; safe to use from several threads.
 
     Only the parts that calls need are loaded: a voice needs no wav2vec 2.0, decoding needs no encoder. Every method
-    with "batch" in its name gives what the method without gives for each clip: clips of equal length run together, none
-    is ever padded.
+    with "batch" in its name gives what the method without gives for each clip. None is ever padded: on an accelerator
+    clips of equal length run together, on a CPU, where that saves next to nothing, each runs alone and is bit-equal.
     """
 
     def __init__(
@@ -138,13 +138,14 @@ class TorchCodec:
 
     def voice_batch(self, clips: Sequence[AudioSource]) -> list[Voice]:
         """As :meth:`voice` for each clip."""
-        if not clips:
-            return []
-        mels = []
-        for clip in clips:
-            wave = normalize_volume(_long_enough(load_audio(clip).pcm)).astype(np.float32)
-            mels.append(mel_spectrogram(reference_clip(wave, self._bicodec.ref_segment_length), self._bicodec.mel))
-        codes = self._run(self._voice.get(), self._tensor(np.stack(mels)))
+        waves = [normalize_volume(_long_enough(load_audio(clip).pcm)).astype(np.float32) for clip in clips]
+        references = [reference_clip(wave, self._bicodec.ref_segment_length) for wave in waves]
+
+        def run(rows: Sequence[int]) -> NDArray:
+            mels = np.stack([mel_spectrogram(references[row], self._bicodec.mel) for row in rows])
+            return self._run(self._voice.get(), self._tensor(mels))
+
+        codes = self._in_groups(references, run)
         return [Voice(tuple(row.tolist()), _origin(clip)) for row, clip in zip(codes, clips, strict=True)]
 
     def decode(self, semantic: Codes, voice: Voice) -> Waveform:
@@ -164,7 +165,7 @@ class TorchCodec:
             codes = np.stack([semantic[row] for row in rows])
             return self._run(self._decoder.get(), self._tensor(codes), self._tensor(voices))
 
-        return [Waveform(pcm, SAMPLE_RATE) for pcm in _by_length(semantic, run)]
+        return [Waveform(pcm, SAMPLE_RATE) for pcm in self._in_groups(semantic, run)]
 
     def _encode_semantic(self, waves: Sequence[NDArray[np.floating]]) -> list[Codes]:
         samples = [normalize_samples(normalize_volume(wave).astype(np.float32)) for wave in waves]
@@ -173,15 +174,16 @@ class TorchCodec:
             features, encoder = self._features.get(), self._semantic.get()
             return self._run(lambda batch: encoder(features(batch)), self._tensor(np.stack([samples[r] for r in rows])))
 
-        return _by_length(samples, run)
+        return self._in_groups(samples, run)
 
     def _encode_glm(self, waves: Sequence[NDArray[np.floating]]) -> list[Codes]:
         limit = self._glm_features.block_length
         for wave in waves:
             if len(wave) > limit:
                 raise AudioError(
-                    f"audio of {len(wave) / SAMPLE_RATE:.1f} s is longer than the {limit / SAMPLE_RATE:g} s that the "
-                    "GLM tokenizer takes at once; cut it with gpa_codecs.splitting.cut_at_silences"
+                    f"audio of {len(wave)} samples ({len(wave) / SAMPLE_RATE:.1f} s) is longer than the {limit} "
+                    f"({limit / SAMPLE_RATE:g} s) that the GLM tokenizer takes at once; "
+                    "cut it with gpa_codecs.silences.cut_at_silences"
                 )
 
         def run(rows: Sequence[int]) -> NDArray:
@@ -190,7 +192,7 @@ class TorchCodec:
             log_mel = self._tensor(np.stack([log_mel for log_mel, _ in features]))
             return self._run(lambda batch: self._glm_encoder.get()(batch, frames), log_mel)
 
-        return _by_length(waves, run)
+        return self._in_groups(waves, run)
 
     def _load_wav2vec2(self, folder: Path) -> Wav2Vec2Features:
         config = Wav2Vec2Config.from_file(folder / "config.json")
@@ -214,6 +216,14 @@ class TorchCodec:
                 f"semantic code {outside[0]} is {codes[outside[0]]}; expected 0 to {self.semantic_cardinality - 1}"
             )
         return codes.astype(np.int64)
+
+    def _in_groups(self, items: Sequence[NDArray], run: Callable[[Sequence[int]], NDArray]) -> list[NDArray]:
+        """A result per item; run: indices of items that may share a batch -> their results, stacked along axis 0."""
+        groups: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, item in enumerate(items):
+            groups[(len(item), index) if self._device.type == "cpu" else (len(item),)].append(index)
+        results = {index: row for rows in groups.values() for index, row in zip(rows, run(rows), strict=True)}
+        return [results[index] for index in range(len(items))]
 
     def _tensor(self, array: NDArray) -> Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -240,15 +250,6 @@ class _Part(Generic[Module]):
             if self._module is None:
                 self._module = self._load()
             return self._module
-
-
-def _by_length(items: Sequence[NDArray], run: Callable[[Sequence[int]], NDArray]) -> list[NDArray]:
-    """One result for each item, from runs over the indices of items of equal length, results stacked along axis 0."""
-    groups: defaultdict[int, list[int]] = defaultdict(list)
-    for index, item in enumerate(items):
-        groups[len(item)].append(index)
-    results = {index: row for rows in groups.values() for index, row in zip(rows, run(rows), strict=True)}
-    return [results[index] for index in range(len(items))]
 
 
 def _long_enough(pcm: NDArray[np.floating]) -> NDArray[np.floating]:

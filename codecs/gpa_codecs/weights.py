@@ -120,8 +120,7 @@ def load_module(build: Callable[[], Module], folder: str | Path, device: torch.d
     with torch.device("meta"):
         module = build()
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    expected = {name: shape for name, shape in expected.items() if not name.endswith("num_batches_tracked")}
-    module.load_state_dict(load_weights(folder, expected, dtype=torch.float32), strict=False, assign=True)
+    module.load_state_dict(load_weights(folder, expected, dtype=torch.float32), assign=True)
     return module.to(device).eval().requires_grad_(False)
 
 
@@ -193,20 +192,22 @@ def _stored_as(sources: Mapping[str, _Source], name: str) -> tuple[str, ...] | N
     """The stored name of a tensor, or the two of its weight norm; None when the file has neither."""
     if name in sources:
         return (name,)
+    names = _weight_norm_names(name)
+    pairs = zip(names[::2], names[1::2], strict=True)
+    return next((pair for pair in pairs if all(part in sources for part in pair)), None)
+
+
+def _weight_norm_names(name: str) -> tuple[str, ...]:
+    """The names of a weight's magnitude and direction, in each of the styles; none for what is no weight."""
     stem, _, leaf = name.rpartition(".")
-    if leaf == "weight":
-        for magnitude, direction in _WEIGHT_NORM_NAMES:
-            pair = (f"{stem}.{magnitude}", f"{stem}.{direction}")
-            if all(part in sources for part in pair):
-                return pair
-    return None
+    return tuple(f"{stem}.{part}" for pair in _WEIGHT_NORM_NAMES for part in pair) if leaf == "weight" else ()
 
 
 def _find_prefix(sources: Mapping[str, _Source], expected: Mapping[str, Sequence[int]], folder: str | Path) -> str:
     """The one prefix under which every expected tensor is stored; where none fits, say what the best one lacks."""
-    first = next(iter(expected))
-    stem = first.removesuffix(".weight")
-    forms = [first, *(f"{stem}.{direction}" for _, direction in _WEIGHT_NORM_NAMES)]
+    names = list(expected)
+    # Two names give it away, even if a damaged file lacks one of them.
+    forms = [form for name in (*names[:1], *names[-1:]) for form in (name, *_weight_norm_names(name))]
     candidates = {"": None}
     candidates |= {name.removesuffix(form): None for name in sources for form in forms if name.endswith(f".{form}")}
     missing = {

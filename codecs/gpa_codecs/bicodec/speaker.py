@@ -117,7 +117,7 @@ class Res2Conv(nn.Module):
         self.convs = nn.ModuleList(
             nn.Conv1d(width, width, kernel_size=3, padding=dilation, dilation=dilation) for _ in range(steps)
         )
-        self.bns = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(steps))
+        self.bns = nn.ModuleList(StoredBatchNorm(width) for _ in range(steps))
 
     def forward(self, x: Tensor) -> Tensor:
         groups = x.chunk(_RES2_SCALE, dim=1)
@@ -146,10 +146,24 @@ class ConvReluNorm(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
         self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
-        self.bn = nn.BatchNorm1d(out_channels)
+        self.bn = StoredBatchNorm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(F.relu(self.conv(x)))
+
+
+class StoredBatchNorm(nn.Module):
+    """Batch norm with the statistics of the training (Ioffe & Szegedy 2015): (B, channels, T) -> same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.running_mean = nn.Parameter(torch.empty(channels))
+        self.running_var = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
 
 
 def _gated_feed_forward(dim: int) -> nn.Sequential:
