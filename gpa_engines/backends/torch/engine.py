@@ -1,0 +1,139 @@
+"""The torch step model, and the engine made of it."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gpa_codecs.errors import BackendError
+from gpa_engines.backends.torch.attention import AttentionPlan, PaddedPlan, RowPlan, Span
+from gpa_engines.backends.torch.device import choose_device, choose_dtype
+from gpa_engines.backends.torch.head import Head
+from gpa_engines.backends.torch.kv_cache import KVCache
+from gpa_engines.backends.torch.linear import WeightFormat, weight_format
+from gpa_engines.backends.torch.model import Qwen3
+from gpa_engines.engine import EngineInfo
+from gpa_engines.lm_config import LMConfig
+from gpa_engines.step_engine import StepEngine
+from gpa_engines.step_model import StepRow
+
+CAPABILITIES = frozenset(("logits", "batch", "allowed", "seed", "chunked_prefill"))
+
+
+class TorchStepModel:
+    """A :class:`~gpa_engines.step_model.StepModel` in torch."""
+
+    def __init__(
+        self, folder: Path, config: LMConfig, weights: WeightFormat, *, max_tokens: int, max_batch: int
+    ) -> None:
+        self.vocab_size = config.vocab_size
+        self.max_context = config.max_position_embeddings
+        self.max_batch = max_batch
+        self.max_tokens = max_tokens
+        self.format = weights
+        self.model = Qwen3(folder, config, weights, min(max_tokens, self.max_context))
+        self.head = Head(self.model.head_weight, weights)
+        self.cache = KVCache(
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            config.head_dim,
+            max_tokens,
+            weights.compute,
+            weights.device,
+        )
+
+    def allocate(self, tokens: int) -> int | None:
+        return self.cache.allocate(tokens)
+
+    def release(self, slot: int) -> None:
+        self.cache.release(slot)
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[StepRow]) -> list[NDArray[np.float32] | None]:
+        """See :class:`~gpa_engines.step_model.StepModel`.
+
+        Which kernel multiplies a row depends on that row alone, never on its neighbours.
+        """
+        results: list[NDArray[np.float32] | None] = [None] * len(rows)
+        for wide in (False, True):
+            members = [index for index, row in enumerate(rows) if self._is_wide(row) == wide]
+            if members:
+                outcome = self._forward([rows[index] for index in members], wide)
+                for index, logits in zip(members, outcome, strict=True):
+                    results[index] = logits
+        return results
+
+    def _is_wide(self, row: StepRow) -> bool:
+        return self.format.wide_from is not None and len(row.ids) >= self.format.wide_from
+
+    def _forward(self, rows: Sequence[StepRow], wide: bool) -> list[NDArray[np.float32] | None]:
+        ids = [token for row in rows for token in row.ids]
+        positions = [at for row in rows for at in range(row.start, row.start + len(row.ids))]
+        spans = [Span(self.cache.offset(row.slot), row.start, len(row.ids)) for row in rows]
+        padding = max(0, self.format.min_rows - len(ids))
+        device = self.format.device
+        hidden = self.model.forward(
+            torch.tensor(ids + ids[-1:] * padding, device=device),
+            torch.tensor(positions + positions[-1:] * padding, device=device),
+            self._plan(spans, len(ids) + padding),
+            wide=wide,
+        )
+        return self._logits(rows, hidden, wide)
+
+    def _logits(self, rows: Sequence[StepRow], hidden: torch.Tensor, wide: bool) -> list[NDArray[np.float32] | None]:
+        results: list[NDArray[np.float32] | None] = [None] * len(rows)
+        ends = list(itertools.accumulate(len(row.ids) for row in rows))
+        last = [index for index, row in enumerate(rows) if row.logits == "last"]
+        if last:
+            selected = hidden[[ends[index] - 1 for index in last]]
+            normalized = self.model.normalize(selected, self.model.final_norm)
+            logits = self.head.last_logits(normalized, [rows[index].candidates for index in last])
+            for index, row_logits in zip(last, logits, strict=True):
+                results[index] = row_logits
+        for index, row in enumerate(rows):
+            if row.logits == "all":
+                selected = hidden[ends[index] - len(row.ids) : ends[index]]
+                normalized = self.model.normalize(selected, self.model.final_norm)
+                results[index] = self.head.all_logits(normalized, row.candidates, wide=wide)
+        return results
+
+    def _plan(self, spans: Sequence[Span], rows: int) -> AttentionPlan:
+        if self.format.device.type == "cpu":
+            return RowPlan(self.cache, spans, rows)
+        return PaddedPlan(self.cache, spans)
+
+
+def build_engine(
+    checkpoint_dir: str | Path,
+    device: str,
+    dtype: str,
+    threads: int | None,
+    max_tokens_in_flight: int,
+    max_batch: int,
+    prefill_chunk: int,
+    cuda_graphs: bool,
+) -> StepEngine:
+    """What :func:`gpa_engines.backends.torch.create_engine` does, once torch may be imported."""
+    folder = Path(checkpoint_dir)
+    sizes = {"max_tokens_in_flight": max_tokens_in_flight, "max_batch": max_batch, "prefill_chunk": prefill_chunk}
+    for name, value in (sizes | ({} if threads is None else {"threads": threads})).items():
+        if value < 1:
+            raise BackendError(f"{name} is {value}; expected at least 1")
+    chosen = choose_device(device)
+    weights = weight_format(choose_dtype(dtype, chosen), chosen)
+    if cuda_graphs and chosen.type != "cuda":
+        raise BackendError(f"cuda_graphs needs a CUDA device; the device is {chosen.type!r}")
+    config = LMConfig.from_file(folder / "config.json")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = TorchStepModel(folder, config, weights, max_tokens=max_tokens_in_flight, max_batch=max_batch)
+    info = EngineInfo("torch", str(chosen), weights.dtype, config.vocab_size, model.max_context, CAPABILITIES)
+    # torch counts threads per calling thread: the engine's own thread needs the setting too.
+    start = None if threads is None else functools.partial(torch.set_num_threads, threads)
+    return StepEngine(info, model, prefill_chunk=prefill_chunk, on_start=start)

@@ -1,0 +1,124 @@
+"""The Engine that stands on a step model and its scheduler thread."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpa_codecs.errors import CapacityError, RequestError
+from gpa_engines.engine import EngineInfo, GenerationRequest, TokenDelta, check_ids
+from gpa_engines.sampling import Sampler
+from gpa_engines.scheduler import Generation, Job, Scheduler, post_to
+from gpa_engines.step_model import CandidateSet, StepModel
+
+T = TypeVar("T")
+
+
+class StepEngine:
+    """An Engine over a step model. Any number of threads and event loops may use one.
+
+    prefill_chunk: prompt tokens per step; smaller stalls running requests less, larger reads a prompt faster.
+    on_start: runs first on the engine's thread, for settings that belong to a thread.
+    """
+
+    def __init__(
+        self, info: EngineInfo, model: StepModel, *, prefill_chunk: int, on_start: Callable[[], None] | None = None
+    ) -> None:
+        self._info = info
+        self._max_tokens = model.max_tokens
+        self._scheduler = Scheduler(model, prefill_chunk, f"gpa-engine-{info.backend}")
+        if on_start is not None:
+            self._scheduler.post(on_start)
+        # Also runs when the interpreter exits: a daemon thread must not be inside a kernel while that happens.
+        self._finalizer = weakref.finalize(self, Scheduler.stop, self._scheduler)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+        """See :meth:`gpa_engines.engine.Engine.generate`. Requests are served in the order of submission."""
+        request.check_against(self._info.vocab_size, self._info.max_context)
+        prompt, sampling = request.prompt_ids, request.sampling
+        self._check_room(len(prompt) + sampling.max_new_tokens, "shorten the prompt, lower max_new_tokens")
+        sampler = Sampler(sampling, prompt, request.stop_ids, request.allowed)
+        candidates = None if sampler.candidate_ids is None else CandidateSet(sampler.candidate_ids)
+        job = Job(prompt, len(prompt) + sampling.max_new_tokens, Generation(request, sampler), candidates)
+        finished = False
+        self._scheduler.submit(job)
+        try:
+            while not finished:
+                delta = await job.receive()
+                finished = delta.finish_reason is not None
+                yield delta
+        finally:
+            if not finished:
+                self._scheduler.cancel(job)
+
+    async def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """float32[T, V], unnormalised, through the same steps as generation; waits its turn like a request."""
+        prompt = tuple(int(token) for token in ids)
+        if not prompt:
+            raise RequestError("ids is empty; logits needs at least one token id")
+        check_ids("ids", prompt, self._info.vocab_size)
+        if len(prompt) > self._info.max_context:
+            raise CapacityError(f"{len(prompt)} ids; the model has {self._info.max_context} positions: give fewer")
+        self._check_room(len(prompt), "give fewer ids")
+        try:
+            result = np.empty((len(prompt), self._info.vocab_size), dtype=np.float32)
+        except MemoryError as error:
+            gibibytes = len(prompt) * self._info.vocab_size * 4 / 2**30
+            raise CapacityError(
+                f"logits of {len(prompt)} positions need {gibibytes:.1f} GiB: give fewer ids"
+            ) from error
+        job = Job(prompt, len(prompt), result, None)
+        self._scheduler.submit(job)
+        try:
+            return await job.receive()
+        finally:
+            self._scheduler.cancel(job)
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """Run `function` on the engine's thread between two steps, after everything submitted or cancelled before."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def run() -> None:
+            try:
+                outcome, error = function(), None
+            except Exception as raised:
+                outcome, error = None, raised
+            post_to(loop, _resolve, future, outcome, error)
+
+        self._scheduler.post(run)
+        return await future
+
+    async def close(self) -> None:
+        """End what runs (reason "cancelled"), stop the thread and free the model. Closing twice is harmless."""
+        self._finalizer.detach()
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        if self._scheduler.request_stop(lambda: post_to(loop, ended.set)):
+            await ended.wait()
+        self._scheduler.thread.join()
+
+    def _check_room(self, needed: int, advice: str) -> None:
+        if needed > self._max_tokens:
+            raise CapacityError(
+                f"the request needs {needed} positions; max_tokens_in_flight is {self._max_tokens}: "
+                f"{advice} or raise max_tokens_in_flight"
+            )
+
+
+def _resolve(future: asyncio.Future[Any], outcome: object, error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(outcome)
+    else:
+        future.set_exception(error)
