@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from gpa_codecs.codec import AudioTokens, Voice
 from gpa_codecs.errors import TokenError
-from gpa_codecs.splitting import is_speakable
+from gpa_codecs.text_splitting import is_speakable
 from gpa_codecs.vocabulary import TokenSpace
 
 Task = Literal["stt", "tts-a", "vc"]
+"""Speech to text, text to speech in a reference voice, voice conversion; named as the reference names them."""
 
 
 def stt_prompt(space: TokenSpace, tokens: AudioTokens) -> list[int]:
@@ -37,10 +38,15 @@ def stt_prompt(space: TokenSpace, tokens: AudioTokens) -> list[int]:
 
 def tts_prompt(space: TokenSpace, text: str, voice: Voice) -> list[int]:
     """Ids that ask for `text` spoken in `voice`. Raises TokenError for text without a letter or digit."""
-    if not is_speakable(text):
-        raise TokenError(f"the text {text[:40]!r} has nothing to speak; expected at least one letter or digit")
+    check_speakable(text)
     control = space.control
     return [*_voice(space, voice), control.start_content, *space.encode_text(text), control.end_content]
+
+
+def check_speakable(text: str) -> None:
+    """Raise TokenError for text that is empty or holds neither a letter nor a digit."""
+    if not is_speakable(text):
+        raise TokenError(f"the text {text[:40]!r} has nothing to speak; expected at least one letter or digit")
 
 
 def vc_prompt(space: TokenSpace, semantic: Sequence[int] | NDArray[np.integer], voice: Voice) -> list[int]:

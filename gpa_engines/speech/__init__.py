@@ -11,7 +11,7 @@ from gpa_engines.speech.results import (
     Transcription,
 )
 from gpa_engines.speech.sync import SpeechModel
-from gpa_engines.speech.tasks import SamplingOverrides, Task, task_sampling
+from gpa_engines.speech.tasks import SamplingOverrides, task_sampling
 
 __all__ = [
     "AsyncSpeechModel",
@@ -21,7 +21,6 @@ __all__ = [
     "SamplingOverrides",
     "Speech",
     "SpeechModel",
-    "Task",
     "TextDelta",
     "Timings",
     "Transcription",

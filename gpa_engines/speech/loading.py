@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from gpa_codecs.codec import SpeechCodec
+from gpa_codecs.prompts import Task
 from gpa_codecs.vocabulary import TokenSpace
-from gpa_engines.checkpoint import Checkpoint
+from gpa_engines.checkpoint import PARTS, TASK_PARTS, Checkpoint, Part
 from gpa_engines.engine import Engine
+from gpa_engines.hub import resolve_model
 from gpa_engines.registry import create_engine, require_backend
 
 
@@ -33,8 +36,20 @@ def load_codec(checkpoint: Checkpoint, device: str = "cpu") -> SpeechCodec:
     return TorchCodec(checkpoint.bicodec_dir, checkpoint.glm_dir, device=device)
 
 
-def open_model(model: str | Path, **overrides: Path | None) -> Checkpoint:
-    """A checkpoint by folder, hub id or "tiny-random"; see Checkpoint.open for the overrides."""
-    from gpa_engines.hub import resolve_model
+def open_model(
+    model: str | Path,
+    *,
+    bicodec: Path | None = None,
+    glm_tokenizer: Path | None = None,
+    tokenizer: Path | None = None,
+    require: Collection[Part] = PARTS,
+) -> Checkpoint:
+    """A checkpoint by folder, hub id or "tiny-random"; the other arguments are those of Checkpoint.open."""
+    return Checkpoint.open(
+        resolve_model(str(model)), bicodec=bicodec, glm_tokenizer=glm_tokenizer, tokenizer=tokenizer, require=require
+    )
 
-    return Checkpoint.open(resolve_model(str(model)), **overrides)
+
+def parts_of(tasks: Collection[Task]) -> set[Part]:
+    """The parts of a checkpoint that these tasks read."""
+    return {part for task in tasks for part in TASK_PARTS[task]}

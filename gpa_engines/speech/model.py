@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -9,14 +10,15 @@ import anyio.to_thread
 
 from gpa_codecs.audio import AudioSource, Channel, load_audio
 from gpa_codecs.codec import SpeechCodec, Voice
+from gpa_codecs.prompts import Task
 from gpa_codecs.vocabulary import TokenSpace
 from gpa_engines.engine import Engine
-from gpa_engines.speech.loading import load_parts, open_model
+from gpa_engines.speech.loading import load_parts, open_model, parts_of
 from gpa_engines.speech.results import AudioPiece, ProgressCallback, Speech, TextDelta, Transcription
 from gpa_engines.speech.runtime import Runtime
 from gpa_engines.speech.speaking import conversion, synthesis
 from gpa_engines.speech.stream import ResultStream
-from gpa_engines.speech.tasks import SamplingOverrides
+from gpa_engines.speech.tasks import TASKS, SamplingOverrides
 from gpa_engines.speech.transcription import transcription
 
 PARALLEL_PIECES = 4
@@ -41,6 +43,7 @@ class AsyncSpeechModel:
         model: str | Path,
         *,
         backend: str = "torch",
+        tasks: Collection[Task] = TASKS,
         bicodec: Path | None = None,
         glm_tokenizer: Path | None = None,
         tokenizer: Path | None = None,
@@ -49,13 +52,16 @@ class AsyncSpeechModel:
     ) -> AsyncSpeechModel:
         """Load a checkpoint folder, a hub id ("AutoArk-AI/GPA", which downloads it) or "tiny-random".
 
+        tasks: what the model will be used for; the checkpoint may lack the parts that only other tasks need.
         bicodec, glm_tokenizer, tokenizer: folders (for the tokenizer a file) to use instead of the checkpoint's own.
         codec_device: "auto" is the engine's. engine_options: what the backend's `create_engine` takes, e.g. device,
         dtype, threads. The codec's parts are loaded when a task first needs them.
         """
 
         def load() -> tuple[Engine, SpeechCodec, TokenSpace]:
-            checkpoint = open_model(model, bicodec=bicodec, glm_tokenizer=glm_tokenizer, tokenizer=tokenizer)
+            checkpoint = open_model(
+                model, bicodec=bicodec, glm_tokenizer=glm_tokenizer, tokenizer=tokenizer, require=parts_of(tasks)
+            )
             return load_parts(checkpoint, backend, codec_device, engine_options)
 
         return cls(*await anyio.to_thread.run_sync(load))

@@ -14,11 +14,10 @@ import anyio.to_thread
 from gpa_codecs.audio import AudioSource, Waveform
 from gpa_codecs.codec import AudioTokens, Codes, Family, SpeechCodec, Voice
 from gpa_codecs.errors import RequestError
-from gpa_codecs.prompts import task_tokens
+from gpa_codecs.prompts import Task, task_tokens
 from gpa_codecs.vocabulary import TokenSpace
 from gpa_engines.engine import Engine, GenerationRequest, SamplingParams
 from gpa_engines.speech.call import Call
-from gpa_engines.speech.tasks import Task
 
 T = TypeVar("T")
 

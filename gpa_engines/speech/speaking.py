@@ -12,20 +12,24 @@ import numpy as np
 from gpa_codecs.audio import AudioSource, Channel, Waveform, load_audio, remove_dc
 from gpa_codecs.codec import SEMANTIC_RATE, Voice
 from gpa_codecs.errors import RequestError
-from gpa_codecs.prompts import check_speakable, tts_prompt, vc_prompt
-from gpa_codecs.splitting import cut_at_silences, split_text
+from gpa_codecs.prompts import Task, check_speakable, tts_prompt, vc_prompt
+from gpa_codecs.silences import cut_at_silences
+from gpa_codecs.text_splitting import split_text
 from gpa_engines.engine import SamplingParams
 from gpa_engines.speech.call import Call, shorten
 from gpa_engines.speech.results import AudioPiece, ProgressCallback, Speech
 from gpa_engines.speech.runtime import Runtime
 from gpa_engines.speech.stream import ResultStream, in_order
-from gpa_engines.speech.tasks import LONGEST_CLIP, SamplingOverrides, Task, task_sampling
+from gpa_engines.speech.tasks import LONGEST_CLIP, SamplingOverrides, task_sampling
 
 PartT = TypeVar("PartT")
 
 ANSWER_MARGIN = 0.75
 """Share of max_new_tokens that a piece's expected length may fill: estimates of how long a text lasts are rough, and a
 converted clip may come out longer than its source."""
+
+LEAST_PART = 5.0
+"""Seconds of speech: a lower max_new_tokens cuts the answer off, with a warning, rather than the text into crumbs."""
 
 
 def synthesis(
@@ -39,7 +43,7 @@ def synthesis(
     """The stream behind `synthesize`; refuses an unspeakable text at once."""
     check_speakable(text)
     sampling = task_sampling("tts-a", overrides)
-    budget = ANSWER_MARGIN * sampling.max_new_tokens / SEMANTIC_RATE
+    budget = _longest_part(sampling.max_new_tokens)
 
     async def parts() -> Sequence[str]:
         return split_text(text, budget)
@@ -65,7 +69,7 @@ def conversion(
     longest = LONGEST_CLIP
     limit = overrides.get("max_new_tokens")
     if limit is not None:
-        longest = min(longest, max(ANSWER_MARGIN * limit / SEMANTIC_RATE, SHORTEST_PART))
+        longest = min(longest, _longest_part(limit))
 
     async def parts() -> Sequence[tuple[float, Waveform]]:
         call.tell("encode")
@@ -85,8 +89,9 @@ def conversion(
     return _speak(runtime, call, "vc", voice, parts, name, prompt, concurrency)
 
 
-SHORTEST_PART = 1.0
-"""Seconds; a smaller max_new_tokens does not cut a source into crumbs."""
+def _longest_part(max_new_tokens: int) -> float:
+    """Seconds of speech that one answer is expected to hold."""
+    return max(ANSWER_MARGIN * max_new_tokens / SEMANTIC_RATE, LEAST_PART)
 
 
 def _speak(

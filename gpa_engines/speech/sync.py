@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -12,11 +12,13 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from gpa_codecs.audio import AudioSource, Channel
 from gpa_codecs.codec import Voice
+from gpa_codecs.errors import RequestError
+from gpa_codecs.prompts import Task
 from gpa_engines.engine import EngineInfo
 from gpa_engines.speech.model import AsyncSpeechModel
 from gpa_engines.speech.results import AudioPiece, ProgressCallback, Speech, TextDelta, Transcription
 from gpa_engines.speech.stream import ResultStream
-from gpa_engines.speech.tasks import SamplingOverrides
+from gpa_engines.speech.tasks import TASKS, SamplingOverrides
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -70,6 +72,7 @@ class SpeechModel:
         model: str | Path,
         *,
         backend: str = "torch",
+        tasks: Collection[Task] = TASKS,
         bicodec: Path | None = None,
         glm_tokenizer: Path | None = None,
         tokenizer: Path | None = None,
@@ -82,6 +85,7 @@ class SpeechModel:
             return await AsyncSpeechModel.load(
                 model,
                 backend=backend,
+                tasks=tasks,
                 bicodec=bicodec,
                 glm_tokenizer=glm_tokenizer,
                 tokenizer=tokenizer,
@@ -115,6 +119,11 @@ class SpeechModel:
         finally:
             self._runner.__exit__(None, None, None)
 
+    def _call(self, function: Callable[[], Awaitable[ResultT]]) -> ResultT:
+        if self._closed:
+            raise RequestError("the model is closed; load it again")
+        return self._portal.call(function)
+
     @property
     def info(self) -> EngineInfo:
         """What the engine is."""
@@ -122,7 +131,7 @@ class SpeechModel:
 
     def voice(self, audio: AudioSource, *, channel: Channel = "first") -> Voice:
         """As AsyncSpeechModel.voice."""
-        return self._portal.call(lambda: self._model.voice(audio, channel=channel))
+        return self._call(lambda: self._model.voice(audio, channel=channel))
 
     def transcribe(
         self,
@@ -133,7 +142,7 @@ class SpeechModel:
         **sampling: Unpack[SamplingOverrides],
     ) -> Transcription:
         """As AsyncSpeechModel.transcribe."""
-        return self._portal.call(lambda: self._model.transcribe(audio, channel=channel, progress=progress, **sampling))
+        return self._call(lambda: self._model.transcribe(audio, channel=channel, progress=progress, **sampling))
 
     def stream_transcribe(
         self,
@@ -156,7 +165,7 @@ class SpeechModel:
         **sampling: Unpack[SamplingOverrides],
     ) -> Speech:
         """As AsyncSpeechModel.synthesize."""
-        return self._portal.call(lambda: self._model.synthesize(text, voice, progress=progress, **sampling))
+        return self._call(lambda: self._model.synthesize(text, voice, progress=progress, **sampling))
 
     def stream_synthesize(
         self,
@@ -179,9 +188,7 @@ class SpeechModel:
         **sampling: Unpack[SamplingOverrides],
     ) -> Speech:
         """As AsyncSpeechModel.convert."""
-        return self._portal.call(
-            lambda: self._model.convert(audio, voice, channel=channel, progress=progress, **sampling)
-        )
+        return self._call(lambda: self._model.convert(audio, voice, channel=channel, progress=progress, **sampling))
 
     def stream_convert(
         self,

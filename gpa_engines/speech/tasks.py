@@ -1,15 +1,15 @@
-"""The three tasks and how each samples when nothing else is asked."""
+"""How each task samples when nothing else is asked, and how much audio one prompt holds."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal, TypedDict
+from typing import TypedDict
 
+from gpa_codecs.prompts import Task
 from gpa_engines.engine import SamplingParams
 
-Task = Literal["stt", "tts-a", "vc"]
-"""Speech to text, text to speech in a reference voice, voice conversion; named as the reference names them."""
+TASKS: tuple[Task, ...] = ("stt", "tts-a", "vc")
 
 TRANSCRIBE_SAMPLING = SamplingParams(temperature=0.0, max_new_tokens=512)
 """The reference transcribes greedily."""

@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 from gpa_codecs.audio import AudioSource, Channel, Waveform, load_audio
 from gpa_codecs.prompts import stt_prompt
-from gpa_codecs.splitting import cut_at_silences
+from gpa_codecs.silences import cut_at_silences
 from gpa_codecs.vocabulary import TextStream
 from gpa_engines.speech.call import Call
 from gpa_engines.speech.results import ProgressCallback, TextDelta, Transcription
