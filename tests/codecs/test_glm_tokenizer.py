@@ -58,7 +58,11 @@ def test_a_block_sees_all_of_itself_and_what_comes_before(network: GlmEncoder) -
 
 def test_the_nearest_codeword_in_plain_l2_wins(network: GlmEncoder, log_mel: torch.Tensor) -> None:
     taken: list[torch.Tensor] = []
-    hook = network.layers[-1].register_forward_hook(lambda module, inputs, output: taken.append(output))
+
+    def keep(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        taken.append(output)
+
+    hook = network.layers[-1].register_forward_hook(keep)
     found = codes(network, log_mel, 640)
     hook.remove()
     pooled = taken[0][0].double().unflatten(0, (-1, 4)).mean(dim=1)

@@ -28,8 +28,12 @@ def fused_weight_norm(tensors: Tensors) -> Tensors:
     fused = {name: tensor for name, tensor in tensors.items() if not name.endswith(("weight_g", "weight_v"))}
     for name in (name for name in tensors if name.endswith("weight_v")):
         magnitude, direction = tensors[name[:-1] + "g"], tensors[name]
-        axis = 2 if magnitude.shape[0] == 1 and magnitude.shape[2] > 1 else 0
-        fused[name[:-2]] = torch._weight_norm(direction, magnitude, axis)
+        width, channels, kernel_size = direction.shape
+        layer = torch.nn.Conv1d(channels, width, kernel_size, bias=False)
+        layer = torch.nn.utils.parametrizations.weight_norm(layer, dim=2 if name.startswith("wav2vec2.") else 0)
+        layer.load_state_dict(dict(zip(layer.state_dict(), (magnitude, direction), strict=True)))
+        probes = torch.eye(channels * kernel_size).view(-1, channels, kernel_size)
+        fused[name[:-2]] = layer(probes).detach().squeeze(2).T.reshape(direction.shape)
     return fused
 
 
