@@ -48,7 +48,7 @@ class Component:
 
     size: bytes of its weights. parameters: number of stored values, None for a file that only torch can read.
     dtypes: stored values by dtype ("BF16", "F32"...). details: what its configuration says, ready to show.
-    key_style: how the tensors are named (prefix, form of weight norm), "" where nothing is to be said.
+    key_style: how the names differ from the released ones (prefix) and the form of weight norm, "" where unknown.
     """
 
     part: Part
@@ -223,7 +223,7 @@ def _size(part: Part, layout: Layout) -> int:
         return 0
 
 
-# A tensor of each part that every form of its weights has; what precedes it in the file is the prefix.
+# A tensor of each part that every form of its weights has; what precedes this name in the file is the prefix.
 _LANDMARKS: Mapping[Part, str] = {
     "lm": "model.embed_tokens.weight",
     "bicodec": "quantizer.codebook.weight",

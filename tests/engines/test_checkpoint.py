@@ -267,7 +267,7 @@ def test_an_unknown_part_is_a_programming_error(made: Path) -> None:
 def test_parts_elsewhere_replace_the_checkpoints_own(copy: Path, tmp_path: Path) -> None:
     for name in (BICODEC, GLM, "tokenizer.json"):
         (copy / name).rename(tmp_path / Path(name).name)
-    options = {"bicodec": tmp_path / BICODEC, "glm_tokenizer": tmp_path / GLM}
+    options: dict[str, Any] = {"bicodec": tmp_path / BICODEC, "glm_tokenizer": tmp_path / GLM}
     for tokenizer in (tmp_path / "tokenizer.json", tmp_path):
         checkpoint = Checkpoint.open(copy, tokenizer=tokenizer, **options)
         assert checkpoint.tokenizer_file == tmp_path / "tokenizer.json"

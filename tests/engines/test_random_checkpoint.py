@@ -270,7 +270,7 @@ def test_a_disk_without_room_is_said_before_anything_is_written(
 
 def test_an_unknown_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="'huge'; expected one of tiny, full"):
-        make_checkpoint(tmp_path / "out", "huge", 0)  # type: ignore[arg-type]
+        make_checkpoint(tmp_path / "out", "huge", 0)  # pyright: ignore
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a console's Ctrl-C cannot be sent to one child there")
