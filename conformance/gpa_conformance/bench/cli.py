@@ -103,9 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _complain(str(error))
         return MISUSE
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    if status == INTERRUPTED:
+        # Typer turns Ctrl-C into this status without a word.
         _complain("interrupted; nothing was written")
-        return INTERRUPTED
     return int(status or 0)
 
 

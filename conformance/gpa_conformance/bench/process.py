@@ -71,6 +71,11 @@ class Child:
         else:
             self.kill()
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
     def ask(self, call: str, **arguments: Any) -> dict[str, Any]:
         """Let the child do one thing and wait for its answer; raises ChildFailed, after which it may still live."""
         return self._exchange({"call": call, "arguments": arguments})

@@ -58,7 +58,8 @@ def _cpu(contenders: list[dict[str, Any]]) -> Table:
 
 
 def _costs(contenders: list[dict[str, Any]]) -> Table:
-    peaks = list(dict.fromkeys(key for contender in contenders for key in contender["peak_rss"]))
+    batches = sorted({batch for _, batch, _ in _wanted(contenders)})
+    peaks = ["loaded", *(f"batch_{batch}" for batch in batches), "race"]
     distances = {"rel-L2": "rel_l2", "worst rel-L2": "worst_rel_l2", "top-1": "top1_agreement"}
     named = [f"peak GiB, {key.replace('_', ' ')}" for key in peaks]
     title = "loading, peak resident memory, logits against torch/float32"
