@@ -1,0 +1,1 @@
+"""The command line: `gpa-run` transcribes, speaks and converts voices; `gpa-run doctor` explains a checkpoint."""

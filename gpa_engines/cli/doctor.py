@@ -1,0 +1,166 @@
+"""`gpa-run doctor`: what a checkpoint folder holds, what is wrong with it, and which tasks it can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
+
+from gpa_engines.cli.options import MODEL_VARIABLE
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gpa_engines.checkpoint import CheckpointReport
+
+SCHEMA = "gpa-doctor/1"
+
+WRONG = 1
+"""Exit status when a task cannot run."""
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorOptions:
+    """The command line as typed."""
+
+    model: str | None
+    bicodec: str | None
+    glm_tokenizer: str | None
+    tokenizer: str | None
+    json: bool
+    verbose: bool
+
+
+def doctor(
+    model: Annotated[
+        str | None,
+        Option("--model", metavar="NAME", envvar=MODEL_VARIABLE, help="Folder, AutoArk-AI/GPA or tiny-random."),
+    ] = None,
+    bicodec: Annotated[
+        str | None, Option("--bicodec", metavar="DIR", help="BiCodec, if not MODEL/BiCodec.", show_default=False)
+    ] = None,
+    glm_tokenizer: Annotated[
+        str | None, Option("--glm-tokenizer", metavar="DIR", help="If not MODEL/glm-4-voice-tokenizer.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, Option("--tokenizer", metavar="PATH", help="tokenizer.json, if not MODEL's.")
+    ] = None,
+    json: Annotated[bool, Option("--json", metavar=" ", help="The findings as a JSON document.")] = False,
+    verbose: Annotated[
+        bool, Option("--verbose", "-v", metavar=" ", help="Every check and control token; tracebacks of errors.")
+    ] = False,
+) -> DoctorOptions:
+    """Check a checkpoint and explain it: parts, sizes, dtypes, token offsets, and what is missing.
+
+    No weights are loaded. Exit status 0 means that every task can run, 1 that something is wrong.
+    """
+    return DoctorOptions(model, bicodec, glm_tokenizer, tokenizer, json, verbose)
+
+
+def examine(options: DoctorOptions) -> int:
+    """Print the findings about a checkpoint and return the exit status. Raises GpaError if there is none to look at."""
+    from gpa_engines.checkpoint import inspect_checkpoint
+    from gpa_engines.cli.backends import stdout_console
+    from gpa_engines.cli.output import print_json
+    from gpa_engines.cli.usage import require_model
+    from gpa_engines.hub import resolve_model
+
+    report = inspect_checkpoint(
+        resolve_model(require_model(options.model)),
+        bicodec=options.bicodec,
+        glm_tokenizer=options.glm_tokenizer,
+        tokenizer=options.tokenizer,
+    )
+    if options.json:
+        print_json({"schema": SCHEMA, **report.as_dict()})
+    else:
+        _show(report, stdout_console(), options.verbose)
+    return 0 if report.ok else WRONG
+
+
+def _show(report: CheckpointReport, console: Console, verbose: bool) -> None:
+    _line(console, f"checkpoint {report.root}", "bold")
+    if report.components:
+        _show_parts(report, console, verbose)
+    if report.families:
+        _show_tokens(report, console, verbose)
+    _show_findings(report, console, verbose)
+    _show_tasks(report, console)
+
+
+def _show_parts(report: CheckpointReport, console: Console, verbose: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("part")
+    table.add_column("folder")
+    table.add_column("size", justify="right")
+    table.add_column("values", justify="right")
+    table.add_column("dtypes")
+    for component in report.components:
+        values = "" if component.parameters is None else _count(component.parameters)
+        row = (component.name, component.folder, _bytes(component.size), values, ", ".join(component.dtypes))
+        table.add_row(*map(Text, row))
+    console.print()
+    console.print(table)
+    for component in report.components:
+        details = [f"{key} {value}" for key, value in component.details.items()]
+        if verbose and component.key_style:
+            details.append(f"names with {component.key_style}")
+        if details:
+            _line(console, f"{component.name}: {', '.join(details)}")
+
+
+def _show_tokens(report: CheckpointReport, console: Console, verbose: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("tokens")
+    for column in ("count", "first id", "last id"):
+        table.add_column(column, justify="right")
+    for family in report.families:
+        ids = family.range
+        table.add_row(Text(f"<|{family.name}_N|>"), str(family.size), str(ids.start), str(ids.stop - 1))
+    console.print()
+    console.print(table)
+    if verbose:
+        _line(console, "control: " + ", ".join(f"{name} {token}" for name, token in report.control.items()))
+
+
+def _show_findings(report: CheckpointReport, console: Console, verbose: bool) -> None:
+    styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
+    passed = sum(finding.level == "ok" for finding in report.findings)
+    checked = sum(finding.level != "warning" for finding in report.findings)
+    console.print()
+    _line(console, f"{passed} of {checked} checks passed")
+    for finding in report.findings:
+        if finding.level == "ok" and not verbose:
+            continue
+        where = f" ({finding.file})" if finding.level == "ok" else ""
+        _line(console, f"{finding.level}: ", styles[finding.level], finding.text + where)
+
+
+def _show_tasks(report: CheckpointReport, console: Console) -> None:
+    console.print()
+    for task, missing in report.missing.items():
+        if missing:
+            _line(console, f"{task:6}", "bold", f"cannot run: see the errors about {' and '.join(missing)}")
+        else:
+            _line(console, f"{task:6}", "bold", "can run")
+
+
+def _line(console: Console, start: str, style: str = "", rest: str = "") -> None:
+    from rich.text import Text
+
+    console.print(Text.assemble((start, style), rest), soft_wrap=not console.is_terminal)
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
+def _count(values: int) -> str:
+    return f"{values / 1e6:.2f} M"

@@ -1,0 +1,156 @@
+"""`gpa-run`: from the command line to an exit status.
+
+0: done. 1: a defect, or `doctor` found something wrong. 2: the command line, a file or the environment is wrong; one
+message says how. 130: Ctrl-C. 141: whoever read standard output went away.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+import gpa_engines
+from gpa_codecs.errors import GpaError
+from gpa_engines.cli.doctor import DoctorOptions, doctor, examine
+from gpa_engines.cli.options import RunOptions, expand_dash, normalize, signature
+
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+
+EPILOG = """
+[bold]Examples[/bold]
+
+gpa-run --task stt --model tiny-random --src-audio example:speech
+
+gpa-run --task tts-a --model DIR --ref-audio example:voice --text "Hello there." -o hello.wav
+
+gpa-run --task vc --model DIR --src-audio talk.flac --ref-audio other.wav -o converted.wav
+
+gpa-run --ref-audio clip.wav --save-voice ann.json --model DIR
+
+echo "Piped text." | gpa-run --task tts-a --voice ann.json --model DIR --stream -o - | aplay
+
+gpa-run doctor --model DIR
+"""
+
+
+class _Group(TyperGroup):
+    """The options of a run, a `-` that stands for --text-file -, and the subcommand doctor."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        valued = {name for option in self.params if not option.is_flag for name in option.opts}  # pyright: ignore
+        return super().parse_args(ctx, expand_dash(args, valued))
+
+
+app = typer.Typer(
+    name="gpa-run",
+    cls=_Group,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"token_normalize_func": normalize, "help_option_names": ["--help", "-h"]},
+)
+
+
+@app.callback(
+    invoke_without_command=True,
+    options_metavar="--task stt|tts-a|vc [OPTIONS]",
+    subcommand_metavar="| doctor",
+    epilog=EPILOG,
+)
+def _run(**options: Any) -> RunOptions:
+    """Transcribe (stt), speak (tts-a) and convert voices (vc) with a GPA checkpoint.
+
+    Standard output gets the result: the text, or the path of the audio file. Standard error gets the rest.
+    Files may be named example:speech and example:voice, clips that come with the package, or - for standard input.
+    """
+    return RunOptions(**options)
+
+
+_run.__signature__ = signature()  # pyright: ignore[reportFunctionMemberAccess]
+_run.__annotations__ = {}
+
+app.command(name="doctor")(doctor)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (sys.argv without one) and return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    verbose = False
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        command = app(arguments or ["--help"], prog_name="gpa-run", standalone_mode=False)
+        if isinstance(command, RunOptions | DoctorOptions):
+            verbose = command.verbose
+            status = _dispatch(command)
+        else:
+            status = int(command or 0)
+        sys.stdout.flush()
+        return status
+    except typer.TyperException as error:
+        return _complain(f"{error.format_message().rstrip('.')}; see gpa-run --help")
+    except GpaError as error:
+        return _complain(str(error), verbose)
+    except KeyboardInterrupt:
+        return _interrupted()
+    except BrokenPipeError:
+        # The interpreter flushes standard output once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except Exception as error:
+        hint = "" if verbose else " (run with -v for the traceback)"
+        _complain(f"unexpected {type(error).__name__}: {error}{hint}", verbose)
+        return 1
+
+
+def _dispatch(command: RunOptions | DoctorOptions) -> int:
+    if isinstance(command, DoctorOptions):
+        return examine(command)
+    if command.version:
+        print(f"gpa-engines {gpa_engines.__version__}")
+        return 0
+    if command.list_backends:
+        from gpa_engines.cli.backends import print_backends
+
+        print_backends(command.json)
+        return 0
+    from gpa_engines.cli.inputs import check
+
+    job = check(command)
+    from gpa_engines.cli.execute import execute
+    from gpa_engines.cli.progress import Narrator
+
+    with Narrator(command.verbose) as narrator:
+        execute(job, narrator)
+    return 0
+
+
+def _complain(message: str, with_traceback: bool = False) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    if with_traceback:
+        traceback.print_exc()
+    console = Console(stderr=True, highlight=False)
+    console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    return 2
+
+
+def _interrupted() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    print("interrupted", file=sys.stderr)
+    if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
+        # A codec call that cannot be cut short would hold up the exit.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+    return INTERRUPTED
