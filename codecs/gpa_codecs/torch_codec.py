@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Generic, TypeVar
@@ -53,7 +54,7 @@ class TorchCodec:
         device: str = "cpu",
         threads: int | None = None,
     ) -> None:
-        """Read the configurations; weights follow on demand.
+        """Read BiCodec's configuration; the GLM tokenizer's, and all weights, follow on demand.
 
         bicodec_dir: the checkpoint's BiCodec folder, wav2vec2-large-xlsr-53 inside it. glm_dir: glm-4-voice-tokenizer.
         device: "cpu", "cuda", "cuda:N" or "mps"; on CUDA, TF32 convolutions are switched off for the whole process.
@@ -62,11 +63,8 @@ class TorchCodec:
         Raises CheckpointError for a folder that is not whole, and BackendError for a device that is not there.
         """
         self._device = _device(device)
-        bicodec_dir, glm_dir = Path(bicodec_dir), Path(glm_dir)
+        bicodec_dir, self._glm_dir = Path(bicodec_dir), Path(glm_dir)
         self._bicodec = BiCodecConfig.from_file(bicodec_dir / "config.yaml")
-        self._glm = GlmTokenizerConfig.from_file(glm_dir / "config.json")
-        self._glm_features = GlmFeatureConfig.from_file(glm_dir / "preprocessor_config.json")
-        self._glm_features.check(self._glm, str(glm_dir / "preprocessor_config.json"))
         if self._device.type == "cuda":
             # TF32 convolutions, cuDNN's default, keep 10 bits of the mantissa: enough to change tokens.
             torch.backends.cudnn.allow_tf32 = False
@@ -80,7 +78,18 @@ class TorchCodec:
         self._semantic = part(lambda: SemanticEncoder(self._bicodec), bicodec_dir)
         self._voice = part(lambda: VoiceEncoder(self._bicodec), bicodec_dir)
         self._decoder = part(lambda: WaveDecoder(self._bicodec), bicodec_dir)
-        self._glm_encoder = part(lambda: GlmEncoder(self._glm), glm_dir)
+        self._glm_encoder = part(lambda: GlmEncoder(self._glm), self._glm_dir)
+
+    @cached_property
+    def _glm(self) -> GlmTokenizerConfig:
+        return GlmTokenizerConfig.from_file(self._glm_dir / "config.json")
+
+    @cached_property
+    def _glm_features(self) -> GlmFeatureConfig:
+        path = self._glm_dir / "preprocessor_config.json"
+        features = GlmFeatureConfig.from_file(path)
+        features.check(self._glm, str(path))
+        return features
 
     @property
     def sample_rate(self) -> int:

@@ -84,7 +84,12 @@ class AsyncSpeechModel:
 
     async def voice(self, audio: AudioSource, *, channel: Channel = "first") -> Voice:
         """The voice of a reference clip, to be kept and used again."""
-        return await self._runtime.in_codec(lambda: self.codec.voice(load_audio(audio, channel=channel)))
+
+        def read() -> Voice:
+            # A source that the codec reads itself is named in the voice's origin.
+            return self.codec.voice(audio if channel == "first" else load_audio(audio, channel=channel))
+
+        return await self._runtime.in_codec(read)
 
     async def transcribe(
         self,
