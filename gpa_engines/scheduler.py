@@ -184,10 +184,7 @@ class Scheduler:
             job.fed += len(row.ids)
             job.pending = job.pending[len(row.ids) :]
             if logits is not None:
-                try:
-                    self._advance(job, row, logits)
-                except Exception as error:
-                    self._fail(job, error)
+                self._advance(job, row, logits)
 
     def _plan(self) -> list[tuple[Job, StepRow]]:
         """Every decoding job, and prompts in order of arrival up to one chunk of tokens in all.
@@ -218,7 +215,11 @@ class Scheduler:
                 self._send(job, goal)
                 self._end(job)
             return
-        token = goal.sampler.next(logits)
+        try:
+            token = goal.sampler.next(logits)
+        except Exception as error:
+            self._fail(job, error)
+            return
         goal.last_token = time.perf_counter()
         goal.first_token = goal.first_token or goal.last_token
         if token in goal.request.stop_ids:

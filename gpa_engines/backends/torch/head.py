@@ -71,4 +71,4 @@ def _select(weight: Tensor, ids: NDArray[np.int64]) -> Tensor:
     first, last = int(ids[0]), int(ids[-1])
     if last - first + 1 == len(ids):
         return weight[first : last + 1]
-    return weight[torch.from_numpy(ids).to(weight.device)]
+    return weight[torch.tensor(ids, device=weight.device)]

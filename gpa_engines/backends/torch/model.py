@@ -82,11 +82,15 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
     x: float32[M, heads, D]; rotation: float32[M, 1, D / 2, 2], cosines and sines.
     """
-    pairs = x.unflatten(-1, (-1, 2))
     if x.device.type == "cpu":
-        torch.view_as_complex(pairs).mul_(torch.view_as_complex(rotation))
+        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(torch.view_as_complex(rotation))
         return x
-    (real, imaginary), (cosine, sine) = pairs.unbind(-1), rotation.unbind(-1)
+    return turn_pairs(x, rotation)
+
+
+def turn_pairs(x: Tensor, rotation: Tensor) -> Tensor:
+    """:func:`rotate` for devices without complex numbers."""
+    (real, imaginary), (cosine, sine) = x.unflatten(-1, (-1, 2)).unbind(-1), rotation.unbind(-1)
     turned = (real * cosine - imaginary * sine, imaginary * cosine + real * sine)
     return torch.stack(turned, dim=-1).flatten(-2)
 
