@@ -151,6 +151,10 @@ class TokenSpace:
                 "this tokenizer does not belong to this language model"
             )
 
+    def find(self, name: str) -> int | None:
+        """Id of the token of that name, such as `<|endoftext|>`; None if the tokenizer has none."""
+        return next((token for token, known in self._names.items() if known == name), None)
+
     def encode_text(self, text: str) -> list[int]:
         """Text -> ids, all of them text: a literal `<|im_end|>` is spelled out, not obeyed.
 

@@ -156,13 +156,17 @@ def _speaker(options: RunOptions) -> Voice | Waveform | None:
     return None
 
 
+def read_text(argument: str | None, file: str | None, option: str) -> tuple[str, str]:
+    """(where it comes from, the text): an option's own value, a file, or standard input where either is "-"."""
+    if "-" in (argument, file):
+        return "standard input", _decoded(_standard_input("text"), "standard input")
+    if file is not None:
+        return file, _decoded(_content(file), file)
+    return option, argument or ""
+
+
 def _text(options: RunOptions) -> str:
-    if "-" in (options.text, options.text_file):
-        name, text = "standard input", _decoded(_standard_input("text"), "standard input")
-    elif options.text_file is not None:
-        name, text = options.text_file, _decoded(_content(options.text_file), options.text_file)
-    else:
-        name, text = "--text", options.text or ""
+    name, text = read_text(options.text, options.text_file, "--text")
     try:
         check_speakable(text)
     except TokenError as error:

@@ -14,7 +14,7 @@ from typer import Option
 MODEL_VARIABLE = "GPA_MODEL"
 """Environment variable that names the model when --model is not given."""
 
-TASKS = "stt|tts-a|vc"
+TASKS = "stt|tts-a|vc|text"
 
 REFERENCE_NAMES = {
     "src_audio_path": "src-audio",
@@ -50,7 +50,9 @@ class RunOptions:
 
     task: Annotated[
         str | None,
-        _option("--task", panel=_MAIN, metavar=TASKS, help="Transcribe, speak a text, convert a voice."),
+        _option(
+            "--task", panel=_MAIN, metavar=TASKS, help="Transcribe, speak a text, convert a voice, continue a text."
+        ),
     ] = None
     text: Annotated[
         str | None,
@@ -59,6 +61,10 @@ class RunOptions:
     text_file: Annotated[
         str | None,
         _option("--text-file", panel=_MAIN, metavar="FILE", help="What to say, as a file."),
+    ] = None
+    prompt: Annotated[
+        str | None,
+        _option("--prompt", panel=_MAIN, metavar="TEXT", help="Text to continue; - reads standard input."),
     ] = None
     src_audio: Annotated[
         str | None,
@@ -123,23 +129,29 @@ class RunOptions:
     ] = None
 
     temperature: Annotated[
-        float | None, _option("--temperature", panel=_SAMPLING, metavar="X", help="0 is greedy (stt 0, speech 0.2).")
+        float | None,
+        _option("--temperature", panel=_SAMPLING, metavar="X", help="0 is greedy (stt, text 0, speech 0.2)."),
     ] = None
     top_k: Annotated[
-        int | None, _option("--top-k", panel=_SAMPLING, metavar="N", help="0 is off (stt 0, speech 50).")
+        int | None, _option("--top-k", panel=_SAMPLING, metavar="N", help="0 is off (stt, text 0, speech 50).")
     ] = None
     top_p: Annotated[float | None, _option("--top-p", panel=_SAMPLING, metavar="X", help="1 is off (1).")] = None
     min_p: Annotated[float | None, _option("--min-p", panel=_SAMPLING, metavar="X", help="0 is off (0).")] = None
     repetition_penalty: Annotated[
         float | None,
-        _option("--repetition-penalty", panel=_SAMPLING, metavar="X", help="1 is off (stt 1, speech 1.2)."),
+        _option("--repetition-penalty", panel=_SAMPLING, metavar="X", help="1 is off (stt, text 1, speech 1.2)."),
     ] = None
     seed: Annotated[
         int | None, _option("--seed", panel=_SAMPLING, metavar="N", help="Repeats a run (a fresh one).")
     ] = None
     max_new_tokens: Annotated[
         int | None,
-        _option("--max-new-tokens", panel=_SAMPLING, metavar="N", help="Most per piece; 50 are 1 s of speech (512)."),
+        _option(
+            "--max-new-tokens",
+            panel=_SAMPLING,
+            metavar="N",
+            help="Most per piece; 50 are 1 s of speech (512; text 128).",
+        ),
     ] = None
     min_new_tokens: Annotated[
         int | None, _option("--min-new-tokens", panel=_SAMPLING, metavar="N", help="Least per piece (0).")
@@ -152,7 +164,7 @@ class RunOptions:
             "-o",
             panel=_REPORT,
             metavar="FILE",
-            help="WAV (gpa-output.wav) or text file; - is stdout. "
+            help="WAV (gpa-output.wav), text file, or report (results_text.json); - is stdout. "
             "An existing file is replaced when the run has succeeded.",
         ),
     ] = None

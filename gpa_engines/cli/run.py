@@ -39,6 +39,8 @@ gpa-run --ref-audio clip.wav --save-voice ann.json --model DIR
 
 echo "Piped text." | gpa-run --task tts-a --voice ann.json --model DIR --stream -o - | aplay
 
+gpa-run --task text --model DIR --prompt "Once upon a time" --stream
+
 gpa-run doctor --model DIR
 """
 
@@ -62,12 +64,12 @@ app = typer.Typer(
 
 @app.callback(
     invoke_without_command=True,
-    options_metavar="--task stt|tts-a|vc [OPTIONS]",
+    options_metavar="--task stt|tts-a|vc|text [OPTIONS]",
     subcommand_metavar="| doctor",
     epilog=EPILOG,
 )
 def _run(**options: Any) -> RunOptions:
-    """Transcribe (stt), speak (tts-a) and convert voices (vc) with a GPA checkpoint.
+    """Transcribe (stt), speak (tts-a), convert voices (vc) and continue text (text) with a GPA checkpoint.
 
     Standard output gets the result: the text, or the path of the audio file. Standard error gets the rest.
     Files may be named example:speech and example:voice, clips that come with the package, or - for standard input.
@@ -123,11 +125,19 @@ def _dispatch(command: RunOptions | DoctorOptions) -> int:
 
         print_backends(command.json)
         return 0
+    from gpa_engines.cli.progress import Narrator
+
+    if command.task == "text":
+        from gpa_engines.cli.text_task import check_text, execute_text
+
+        text_job = check_text(command)
+        with Narrator(command.verbose) as narrator:
+            execute_text(text_job, narrator)
+        return 0
     from gpa_engines.cli.inputs import check
 
     job = check(command)
     from gpa_engines.cli.execute import execute
-    from gpa_engines.cli.progress import Narrator
 
     with Narrator(command.verbose) as narrator:
         execute(job, narrator)

@@ -16,14 +16,14 @@ COMPONENTS = ("bicodec", "glm_tokenizer", "tokenizer")
 ENGINE_OPTIONS = ("device", "dtype", "threads", "max_tokens_in_flight")
 """Options that go to the backend; named as its `create_engine` names them."""
 
-_EXPECTED = "stt (speech to text), tts-a (text to speech) or vc (voice conversion)"
+_EXPECTED = "stt (speech to text), tts-a (text to speech), vc (voice conversion) or text (plain text)"
 
 _VOICE_ONLY = {"ref_audio", "save_voice", "channel", "model", "device", "threads", "json", "verbose", *COMPONENTS}
 
 _MEANINGLESS: dict[Task, tuple[str, ...]] = {
-    "stt": ("text", "text_file", "ref_audio", "voice", "save_voice"),
-    "tts-a": ("src_audio",),
-    "vc": ("text", "text_file"),
+    "stt": ("text", "text_file", "prompt", "ref_audio", "voice", "save_voice"),
+    "tts-a": ("src_audio", "prompt"),
+    "vc": ("text", "text_file", "prompt"),
 }
 
 
