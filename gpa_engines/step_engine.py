@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from gpa_codecs.errors import CapacityError, RequestError
 from gpa_engines.engine import EngineInfo, GenerationRequest, TokenDelta, check_ids
+from gpa_engines.memory import MemoryMeter
 from gpa_engines.sampling import Sampler
 from gpa_engines.scheduler import Generation, Job, Scheduler, post_to
 from gpa_engines.step_model import CandidateSet, StepModel
@@ -23,13 +24,21 @@ class StepEngine:
     """An Engine over a step model. Any number of threads and event loops may use one.
 
     prefill_chunk: prompt tokens per step; smaller stalls running requests less, larger reads a prompt faster.
-    on_start: runs first on the engine's thread, for settings that belong to a thread.
+    on_start: runs first on the engine's thread, for settings that belong to a thread. memory_meter: of the device, None
+    where the process's memory is all there is.
     """
 
     def __init__(
-        self, info: EngineInfo, model: StepModel, *, prefill_chunk: int, on_start: Callable[[], None] | None = None
+        self,
+        info: EngineInfo,
+        model: StepModel,
+        *,
+        prefill_chunk: int,
+        on_start: Callable[[], None] | None = None,
+        memory_meter: MemoryMeter | None = None,
     ) -> None:
         self._info = info
+        self._memory_meter = memory_meter
         self._max_tokens = model.max_tokens
         self._scheduler = Scheduler(model, prefill_chunk, f"gpa-engine-{info.backend}")
         if on_start is not None:
@@ -40,6 +49,11 @@ class StepEngine:
     @property
     def info(self) -> EngineInfo:
         return self._info
+
+    @property
+    def memory_meter(self) -> MemoryMeter | None:
+        """See :class:`gpa_engines.memory.MemoryReport`."""
+        return self._memory_meter
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         """See :meth:`gpa_engines.engine.Engine.generate`. Requests are served in the order of submission."""

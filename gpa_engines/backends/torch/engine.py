@@ -17,6 +17,7 @@ from gpa_engines.backends.torch.device import choose_device, choose_dtype
 from gpa_engines.backends.torch.head import Head
 from gpa_engines.backends.torch.kv_cache import KVCache
 from gpa_engines.backends.torch.linear import WeightFormat, weight_format
+from gpa_engines.backends.torch.memory import device_memory
 from gpa_engines.backends.torch.model import Qwen3
 from gpa_engines.engine import EngineInfo
 from gpa_engines.lm_config import LMConfig
@@ -136,4 +137,4 @@ def build_engine(
     info = EngineInfo("torch", str(chosen), weights.dtype, config.vocab_size, model.max_context, CAPABILITIES)
     # torch counts threads per calling thread: the engine's own thread needs the setting too.
     start = None if threads is None else functools.partial(torch.set_num_threads, threads)
-    return StepEngine(info, model, prefill_chunk=prefill_chunk, on_start=start)
+    return StepEngine(info, model, prefill_chunk=prefill_chunk, on_start=start, memory_meter=device_memory(chosen))
