@@ -103,7 +103,7 @@ CLIPS: Mapping[str, str] = {
     "voice": "example:voice",
     "speech": "example:speech",
     "chinese": "chinese.flac",
-    "male": "male.flac",
+    "short": "short.flac",
 }
 """Clips that cases name: synthesised speech, from 0.1 s to 4.5 s."""
 
