@@ -1,7 +1,7 @@
 """The suite's cases: data folders `cases/FAMILY/NAME/case.json`, loaded, selected and explained.
 
-A case.json has `title`, `explanation` (why the case is there, what it catches), `kind` (what the family does with it) and
-the options of that kind. A prompt is described, not stored: `Case.prompt` is one of
+A case.json has `title`, `explanation` (why the case is there, what it catches), `kind` (what the family does with it)
+and the options of that kind. A prompt is described, not stored: `Case.prompt` is one of
 
     {"text": "..."}                                      text ids alone
     {"task": "stt", "clip": "speech"}                    the task's prompt from the codes of a clip
@@ -63,6 +63,13 @@ class Case:
         """Ids of the cases whose prompts this case uses as well."""
         return tuple(self.spec.get("prompts", ()))
 
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Ids of all cases that this one builds on: `prompts`, `neighbours`, and the case of its own prompt."""
+        neighbours = (name for names in self.spec.get("neighbours", ()) for name in names)
+        own = (name for name in [(self.prompt or {}).get("case")] if name)
+        return tuple(dict.fromkeys((*self.prompts, *neighbours, *own)))
+
 
 def load_cases() -> list[Case]:
     """Every case that comes with the package, by family and then by name."""
@@ -118,7 +125,7 @@ def _packaged_cases() -> tuple[Case, ...]:
     ]
     ids = {case.id for case in found}
     for case in found:
-        for name in (*case.prompts, *filter(None, [(case.prompt or {}).get("case")])):
+        for name in case.references:
             if name not in ids:
                 raise ValueError(f"case {case.id} names the case {name!r}, which does not exist")
     return tuple(found)

@@ -25,7 +25,7 @@ class ClipCodes:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Ids for an engine. stop_ids, allowed: of the task, as in GenerationRequest. task: "text", "stt", "tts-a", "vc"."""
+    """Ids for an engine. stop_ids, allowed: as in GenerationRequest. task: "text", "stt", "tts-a" or "vc"."""
 
     ids: tuple[int, ...]
     stop_ids: tuple[int, ...]
@@ -68,13 +68,8 @@ def build_prompt(
             raise ValueError(f"prompt {dict(prompt)!r} is none of those that gpa_conformance.cases describes")
 
 
-def needed_clips(prompt: Mapping[str, Any]) -> set[str]:
-    """Names of the clips whose codes a prompt holds."""
-    return {prompt[key] for key in ("clip", "voice") if key in prompt}
-
-
 def spread_ids(length: int, seed: int, vocab_size: int) -> list[int]:
-    """`length` ids over the whole vocabulary, the same on every machine: a Weyl sequence, n * golden ratio + seed mod 1."""
+    """`length` ids over the whole vocabulary, the same on every machine: a Weyl sequence (n times the golden ratio)."""
     golden = 0x9E3779B97F4A7C15
     return [((n * golden + seed * 0xD1B54A32D192ED03) % 2**64) * vocab_size >> 64 for n in range(1, length + 1)]
 

@@ -4,55 +4,113 @@ A `TopRows` keeps of a row with V logits
 
 - the `TOP` largest with their ids, and the log-sum-exp of all: log-probabilities of these ids are exact;
 - mean and Euclidean norm of the whole row: offset and norm ratio are exact;
-- the logits of `SAMPLE` fixed ids, evenly spread over the vocabulary: with the top they estimate every sum over the row
-  (stratified: the top exactly, the rest from the sample), so that a fault far below the top is seen;
-- where the task restricts the answer, the same top and log-sum-exp among the allowed ids.
+- the logits of `SAMPLE` ids that are evenly spread over the vocabulary: with the top they estimate every sum over the
+  row (stratified: the top exactly, the rest from the sample), so that a fault far below the top is seen;
+- where the task restricts the answer, the same top and log-sum-exp among the ids that it can hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpa_codecs.errors import GpaError
-
 TOP = 256
 SAMPLE = 256
+
+Float64 = NDArray[np.float64]
+Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class FullRows:
     """positions: int64[n] in the prompt. logits: float32[n, V]."""
 
-    positions: NDArray[np.int64]
+    positions: Ids
     logits: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class Top:
-    """The largest logits of n rows among some ids. ids: int64[n, K], by falling logit, ties by rising id.
-    logits: float32[n, K]. log_normaliser: float64[n], log-sum-exp of all of these ids' logits, not only of the top."""
+    """The largest logits of n rows among some ids, or all of them where there are fewer than `TOP`.
 
-    ids: NDArray[np.int64]
+    ids: int64[n, K], by falling logit, ties by rising id. logits: float32[n, K]. log_normaliser: float64[n],
+    log-sum-exp of the logits of all of these ids, not only of the top. count: how many these ids are.
+    """
+
+    ids: Ids
     logits: NDArray[np.float32]
-    log_normaliser: NDArray[np.float64]
+    log_normaliser: Float64
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
 class TopRows:
-    """n rows in part. positions: int64[n]. top: of the whole vocabulary. allowed: of the allowed ids, or None.
-    mean, norm: float64[n] of the whole rows. sample_ids: int64[S], ascending. sample: float32[n, S]."""
+    """n rows in part. positions: int64[n]. top: of the whole vocabulary. allowed: of the possible ids, or None.
 
-    positions: NDArray[np.int64]
+    mean, norm: float64[n], of the whole rows. sample_ids: int64[S], ascending. sample: float32[n, S].
+    """
+
+    positions: Ids
     top: Top
     allowed: Top | None
-    mean: NDArray[np.float64]
-    norm: NDArray[np.float64]
-    sample_ids: NDArray[np.int64]
+    mean: Float64
+    norm: Float64
+    sample_ids: Ids
     sample: NDArray[np.float32]
 
 
 ReferenceRows = FullRows | TopRows
+
+
+def best_ids(row: NDArray[np.floating], count: int) -> Ids:
+    """Indices of the `count` largest of a row [R] (or all), best first; ties go to the lowest index, also at the end."""
+    count = min(count, len(row))
+    threshold = np.partition(row, len(row) - count)[len(row) - count]
+    above = np.flatnonzero(row > threshold)
+    chosen = np.concatenate([above, np.flatnonzero(row == threshold)[: count - len(above)]])
+    return chosen[np.lexsort((chosen, -row[chosen]))]
+
+
+def log_sum_exp(row: Float64) -> float:
+    """log of the sum of exp of a row float64[R]."""
+    highest = row.max()
+    return float(highest + np.log(np.exp(row - highest).sum()))
+
+
+def spread_sample(vocab_size: int) -> Ids:
+    """int64[S], ascending: `SAMPLE` ids evenly spread over the vocabulary, or all ids of a small one."""
+    count = min(SAMPLE, vocab_size)
+    return (np.arange(count) * 2 + 1) * vocab_size // (2 * count)
+
+
+def keep_top(logits: NDArray[np.float32], positions: Ids, candidates: Ids | None) -> TopRows:
+    """What is kept of whole rows float32[n, V]. candidates: int64[R], the ids that an answer can hold, or None."""
+    sample_ids = spread_sample(logits.shape[1])
+    moments = [(row.mean(), np.sqrt(row @ row)) for row in (each.astype(np.float64) for each in logits)]
+    mean, norm = np.asarray(moments, np.float64).reshape(-1, 2).T
+    return TopRows(
+        positions=np.asarray(positions, np.int64),
+        top=_top(logits, None),
+        allowed=None if candidates is None else _top(logits, candidates),
+        mean=mean,
+        norm=norm,
+        sample_ids=sample_ids,
+        sample=np.ascontiguousarray(logits[:, sample_ids]),
+    )
+
+
+def _top(logits: NDArray[np.float32], candidates: Ids | None) -> Top:
+    count = logits.shape[1] if candidates is None else len(candidates)
+    kept = min(TOP, count)
+    ids = np.empty((len(logits), kept), np.int64)
+    best = np.empty((len(logits), kept), np.float32)
+    normaliser = np.empty(len(logits), np.float64)
+    for index, whole in enumerate(logits):
+        row = whole if candidates is None else whole[candidates]
+        order = best_ids(row, kept)
+        ids[index] = order if candidates is None else candidates[order]
+        best[index] = row[order]
+        normaliser[index] = log_sum_exp(row.astype(np.float64))
+    return Top(ids, best, normaliser, count)
