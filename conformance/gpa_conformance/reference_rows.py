@@ -3,10 +3,10 @@
 A `TopRows` keeps of a row with V logits
 
 - the `TOP` largest with their ids, and the log-sum-exp of all: log-probabilities of these ids are exact;
-- mean and Euclidean norm of the whole row: offset and norm ratio are exact;
 - the logits of `SAMPLE` ids that are evenly spread over the vocabulary: with the top they estimate every sum over the
   row (stratified: the top exactly, the rest from the sample), so that a fault far below the top is seen;
-- where the task restricts the answer, the same top and log-sum-exp among the ids that it can hold.
+- mean and Euclidean norm of the whole row: offset and norm ratio are exact;
+- where the task restricts the answer, the same top, sample and log-sum-exp among the ids that it can hold.
 """
 
 from __future__ import annotations
@@ -36,20 +36,23 @@ class Top:
     """The largest logits of n rows among some ids, or all of them where there are fewer than `TOP`.
 
     ids: int64[n, K], by falling logit, ties by rising id. logits: float32[n, K]. log_normaliser: float64[n],
-    log-sum-exp of the logits of all of these ids, not only of the top. count: how many these ids are.
+    log-sum-exp of the logits of all of these ids, not only of the top. count: how many these ids are. sample_ids:
+    int64[S], ascending, evenly spread over these ids. sample: float32[n, S].
     """
 
     ids: Ids
     logits: NDArray[np.float32]
     log_normaliser: Float64
     count: int
+    sample_ids: Ids
+    sample: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class TopRows:
     """n rows in part. positions: int64[n]. top: of the whole vocabulary. allowed: of the possible ids, or None.
 
-    mean, norm: float64[n], of the whole rows. sample_ids: int64[S], ascending. sample: float32[n, S].
+    mean, norm: float64[n], of the whole rows.
     """
 
     positions: Ids
@@ -57,8 +60,6 @@ class TopRows:
     allowed: Top | None
     mean: Float64
     norm: Float64
-    sample_ids: Ids
-    sample: NDArray[np.float32]
 
 
 ReferenceRows = FullRows | TopRows
@@ -79,15 +80,14 @@ def log_sum_exp(row: Float64) -> float:
     return float(highest + np.log(np.exp(row - highest).sum()))
 
 
-def spread_sample(vocab_size: int) -> Ids:
-    """int64[S], ascending: `SAMPLE` ids evenly spread over the vocabulary, or all ids of a small one."""
-    count = min(SAMPLE, vocab_size)
-    return (np.arange(count) * 2 + 1) * vocab_size // (2 * count)
+def spread_sample(size: int) -> Ids:
+    """int64[S], ascending: `SAMPLE` indices evenly spread over [0, size), or all of them."""
+    count = min(SAMPLE, size)
+    return (np.arange(count) * 2 + 1) * size // (2 * count)
 
 
 def keep_top(logits: NDArray[np.float32], positions: Ids, candidates: Ids | None) -> TopRows:
-    """What is kept of whole rows float32[n, V]. candidates: int64[R], the ids that an answer can hold, or None."""
-    sample_ids = spread_sample(logits.shape[1])
+    """What is kept of whole rows float32[n, V]. candidates: int64[R], ids that an answer can hold, or None."""
     moments = [(row.mean(), np.sqrt(row @ row)) for row in (each.astype(np.float64) for each in logits)]
     mean, norm = np.asarray(moments, np.float64).reshape(-1, 2).T
     return TopRows(
@@ -96,8 +96,6 @@ def keep_top(logits: NDArray[np.float32], positions: Ids, candidates: Ids | None
         allowed=None if candidates is None else _top(logits, candidates),
         mean=mean,
         norm=norm,
-        sample_ids=sample_ids,
-        sample=np.ascontiguousarray(logits[:, sample_ids]),
     )
 
 
@@ -113,4 +111,7 @@ def _top(logits: NDArray[np.float32], candidates: Ids | None) -> Top:
         ids[index] = order if candidates is None else candidates[order]
         best[index] = row[order]
         normaliser[index] = log_sum_exp(row.astype(np.float64))
-    return Top(ids, best, normaliser, count)
+    sample_ids = spread_sample(count)
+    if candidates is not None:
+        sample_ids = candidates[sample_ids]
+    return Top(ids, best, normaliser, count, sample_ids, np.ascontiguousarray(logits[:, sample_ids]))

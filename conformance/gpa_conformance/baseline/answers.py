@@ -121,9 +121,11 @@ def top_arrays(rows: TopRows) -> dict[str, NDArray]:
             f"{prefix}_logits": part.logits,
             f"{prefix}_log_normaliser": part.log_normaliser,
             f"{prefix}_count": np.int64(part.count),
+            f"{prefix}_sample_ids": part.sample_ids.astype(np.int32),
+            f"{prefix}_sample": part.sample,
         }
 
-    common = {name: getattr(rows, name) for name in ("positions", "mean", "norm", "sample_ids", "sample")}
+    common = {name: getattr(rows, name) for name in ("positions", "mean", "norm")}
     allowed = {} if rows.allowed is None else top("allowed", rows.allowed)
     return common | top("top", rows.top) | allowed
 

@@ -226,6 +226,8 @@ def _top_rows(arrays: Mapping[str, NDArray], part: slice) -> TopRows:
             logits=arrays[f"{prefix}_logits"][part],
             log_normaliser=arrays[f"{prefix}_log_normaliser"][part],
             count=int(arrays[f"{prefix}_count"]),
+            sample_ids=arrays[f"{prefix}_sample_ids"].astype(np.int64),
+            sample=arrays[f"{prefix}_sample"][part],
         )
 
     return TopRows(
@@ -234,8 +236,6 @@ def _top_rows(arrays: Mapping[str, NDArray], part: slice) -> TopRows:
         allowed=top("allowed") if "allowed_ids" in arrays else None,
         mean=arrays["mean"][part],
         norm=arrays["norm"][part],
-        sample_ids=arrays["sample_ids"],
-        sample=arrays["sample"][part],
     )
 
 
