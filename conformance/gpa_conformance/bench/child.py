@@ -97,10 +97,19 @@ def _speech_job(settings: dict[str, Any]) -> Role:
     return SpeechJob(**settings)
 
 
+def _subject(settings: dict[str, Any]) -> Role:
+    from gpa_conformance.bench.subject import Subject
+    from gpa_conformance.bench.workload import ContenderSpec
+
+    sizes = {name: settings[name] for name in ("prompt_tokens", "new_tokens")}
+    return Subject(ContenderSpec(**settings["spec"]), Path(settings["model"]), **sizes)
+
+
 ROLES: dict[str, Callable[[dict[str, Any]], Role]] = {
     "contender": _contender,
     "codec": _codec_stage,
     "job": _speech_job,
+    "subject": _subject,
 }
 
 if __name__ == "__main__":

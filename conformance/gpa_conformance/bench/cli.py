@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from gpa_codecs.errors import GpaError
+from gpa_conformance.bench import task_commands
+from gpa_conformance.bench.console import StepLine, check_target, complain, write_report
 
 FAILED, MISUSE, INTERRUPTED = 1, 2, 130
 
@@ -76,18 +76,21 @@ def engine(
         timeout=timeout,
     )
     if json_file is not None:
-        _check_target(json_file)
-    with _Progress(verbose) as progress:
+        check_target("--json", json_file)
+    with StepLine(verbose) as progress:
         result = run_benchmark(settings, progress)
     values = document(result)
     if json_file is not None:
-        _write(json_file, encode(values))
+        write_report("--json", json_file, encode(values))
     print_tables(values, Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH))
     for failure in result.failures:
-        _complain(failure)
+        complain(failure)
     if verbose:
         print(*(record.traceback for record in result.records if record.traceback), sep="\n", file=sys.stderr)
     return FAILED if result.failures else 0
+
+
+task_commands.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,69 +99,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = app(arguments, prog_name="gpa-bench", standalone_mode=False)
     except typer.TyperException as error:
-        _complain(f"{error.format_message().rstrip('.')}; see gpa-bench engine --help")
+        complain(f"{error.format_message().rstrip('.')}; see gpa-bench --help")
         return MISUSE
     except GpaError as error:
         if {"-v", "--verbose"} & set(arguments):
             traceback.print_exc()
-        _complain(str(error))
+        complain(str(error))
         return MISUSE
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     if status == INTERRUPTED:
         # Typer turns Ctrl-C into this status without a word.
-        _complain("interrupted; nothing was written")
+        complain("interrupted; nothing was written")
     return int(status or 0)
-
-
-class _Progress:
-    """The current step on standard error: one changing line on a terminal, with verbose a line each."""
-
-    def __init__(self, verbose: bool) -> None:
-        console = Console(stderr=True, highlight=False)
-        self._verbose = verbose
-        self._console = console
-        self._status = console.status("starting") if console.is_terminal and not verbose else None
-
-    def __enter__(self) -> _Progress:
-        if self._status is not None:
-            self._status.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._status is not None:
-            self._status.stop()
-
-    def __call__(self, step: str) -> None:
-        if self._status is not None:
-            self._status.update(step)
-        elif self._verbose:
-            self._console.print(step, soft_wrap=True)
-
-
-def _check_target(path: Path) -> None:
-    """Say before the work starts that the report could not be written."""
-    folder = path.resolve().parent
-    if path.is_dir():
-        raise GpaError(f"--json {path} is a folder; name a file")
-    if not folder.is_dir():
-        raise GpaError(f"--json {path}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK):
-        raise GpaError(f"--json {path}: folder {folder} cannot be written to")
-
-
-def _write(path: Path, content: bytes) -> None:
-    from gpa_codecs.files import write_atomically
-
-    try:
-        write_atomically(path.resolve(), content)
-    except OSError as error:
-        raise GpaError(f"--json {path}: cannot be written: {error.strerror or error}") from error
-
-
-def _complain(message: str) -> None:
-    console = Console(stderr=True, highlight=False)
-    console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
 
 
 if __name__ == "__main__":

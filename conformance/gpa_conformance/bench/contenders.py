@@ -103,13 +103,20 @@ class EngineGenerator:
     def logits(self, ids: tuple[int, ...]) -> NDArray[np.float32] | None:
         if "logits" not in self._capabilities:
             return None
-        return self._await(lambda: self._engine.logits(ids))
+        return self.wait(lambda: self._engine.logits(ids))
 
     def close(self) -> None:
-        self._await(self._engine.close)
+        self.wait(self._engine.close)
         self._runner.close()
 
-    def _await(self, call: Callable[[], Awaitable[T]]) -> T:
+    @property
+    def engine(self) -> Engine:
+        """The engine itself; its coroutines run in `wait`."""
+        return self._engine
+
+    def wait(self, call: Callable[[], Awaitable[T]]) -> T:
+        """What a coroutine of the engine returns."""
+
         async def awaited() -> T:
             return await call()
 
