@@ -14,19 +14,21 @@ it keeps some numbers per position. `LogitsMetrics.summary` gives the names that
     regret_allowed_*              as regret, likewise
     delta_logp_max                largest |log p_x - log p_ref| of any id
     norm_ratio_{min,max}          ||x|| / ||ref|| of a position
-    scale_{min,max}               slope of x over ref, both centred (least squares); scale_error_max: largest |slope - 1|
+    scale_{min,max}               slope of x over ref, both centred (least squares)
+    scale_error_max               largest |slope - 1|
     offset_{mean,max}             mean(x) - mean(ref), which softmax cannot see: mean, and largest magnitude
     residual                      what is left of rel_l2 when each position's best scale and offset are taken out
 
 A row with a NaN or an infinity is wrong by every metric: its values are NaN, its top-1 is missed, its top-5 is 0, and a
 mean or maximum over it is NaN; a limit is never met by NaN.
 
-Of `TopRows`, top1, top5, offset, norm ratio and the regret of an id that is kept are exact; the regret of one that is not
-is at least what is given, and so is delta_logp; rel_l2, cosine, scale, residual and KL are estimates whose part over the
-top is exact and whose rest comes from the sample (some 10 % off; exact for a mere scale or shift). `inexact` says which.
+Of `TopRows`, top1, top5, offset, norm ratio and the regret of an id that is kept are exact; the regret of one that is
+not is at least what is given, and so is delta_logp; rel_l2, cosine, scale, residual and KL are estimates whose part
+over the top is exact and whose rest comes from the sample (some 10 % off; exact for a mere scale or shift). `inexact`
+says which.
 
-KL is summed as p (e^u - 1 - u) with u = log q - log p: equal to the sum of -p u, but no term is negative, so that nothing
-cancels in float64 and a sample of the terms estimates it well.
+KL is summed as p (e^u - 1 - u) with u = log q - log p: equal to the sum of -p u, but no term is negative, so that
+nothing cancels in float64 and a sample of the terms estimates it well.
 """
 
 from __future__ import annotations

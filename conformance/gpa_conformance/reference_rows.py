@@ -66,7 +66,7 @@ ReferenceRows = FullRows | TopRows
 
 
 def best_ids(row: NDArray[np.floating], count: int) -> Ids:
-    """Indices of the `count` largest of a row [R] (or all), best first; ties go to the lowest index, also at the end."""
+    """Indices of the `count` largest of a row [R] (or all), best first; ties go to the lowest index."""
     count = min(count, len(row))
     threshold = np.partition(row, len(row) - count)[len(row) - count]
     above = np.flatnonzero(row > threshold)

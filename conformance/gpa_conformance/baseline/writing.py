@@ -38,14 +38,16 @@ async def write_baseline(
     checkpoint: Checkpoint,
     out: str | Path,
     engine: Engine,
-    codec: SpeechCodec | None,
+    open_codec: Callable[[], SpeechCodec] | None,
     cases: Sequence[Case],
     progress: Progress | None = None,
 ) -> Baseline:
-    """Record the answers of `engine` and `codec` to `cases` (and the prompts that they use) in the new folder `out`.
+    """Record the answers of an engine and a codec to `cases` (and the prompts that they use) in the new folder `out`.
 
-    codec: None leaves out what needs one; the baseline says so. The folder appears whole or not at all. Raises
-    BaselineError when `out` has content, cannot be written, or the engine contradicts itself or gives NaN.
+    open_codec: called once, and only if a case needs a codec, which is dropped before the engine runs, so that the two
+    do not share the memory; None leaves those cases out, and the baseline says so. The folder appears whole or not at
+    all. Raises BaselineError when `out` has content or cannot be written, and for NaN or an engine that contradicts
+    itself.
     """
     out = Path(out).expanduser()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -54,7 +56,7 @@ async def write_baseline(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        writer = _Writer(temporary, checkpoint, engine, codec, _with_references(cases))
+        writer = _Writer(temporary, checkpoint, engine, open_codec, _with_references(cases))
         await writer.write(progress or (lambda what, done, total: None))
         temporary.chmod(0o777 & ~_umask())
         os.replace(temporary, out)
@@ -68,12 +70,17 @@ async def write_baseline(
 
 class _Writer:
     def __init__(
-        self, folder: Path, checkpoint: Checkpoint, engine: Engine, codec: SpeechCodec | None, cases: Sequence[Case]
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        engine: Engine,
+        open_codec: Callable[[], SpeechCodec] | None,
+        cases: Sequence[Case],
     ) -> None:
         self.folder = folder
         self.checkpoint = checkpoint
         self.engine = engine
-        self.codec = codec
+        self.open_codec = open_codec
         self.cases = cases
         self.space = checkpoint.token_space()
         self.codes: dict[str, ClipCodes] = {}
@@ -86,9 +93,7 @@ class _Writer:
         kept = [case for case in self.cases if not self._omit(case)]
         clips = sorted(set().union(*(_clips(case, self.cases) for case in kept)))
         total = len(clips) + len(kept) + 1
-        for done, name in enumerate(clips):
-            progress(f"clip {name}", done, total)
-            self._write_clip(name)
+        codec_name = self._write_clips(clips, lambda what, done: progress(what, done, total))
         for done, case in enumerate(kept, len(clips)):
             progress(case.id, done, total)
             self.entries[case.id] = await self._write_case(case)
@@ -99,7 +104,7 @@ class _Writer:
                 "started": started,
                 "seconds": time.monotonic() - clock,
                 "engine": asdict(self.engine.info) | {"capabilities": sorted(self.engine.info.capabilities)},
-                "codec": None if self.codec is None else type(self.codec).__name__,
+                "codec": codec_name,
                 "machine": machine_facts(),
             },
             "model": {
@@ -118,17 +123,23 @@ class _Writer:
     def _omit(self, case: Case) -> bool:
         """Note why a case cannot be recorded, if so."""
         needs = _length(case, self.cases) + int(case.spec.get("new_tokens", 0))
-        if self.codec is None and (clips := _clips(case, self.cases)):
+        if self.open_codec is None and (clips := _clips(case, self.cases)):
             self.omitted[case.id] = f"no codec for the clip {min(clips)}"
         elif needs > self.engine.info.max_context:
             self.omitted[case.id] = f"it needs {needs} positions; the model has {self.engine.info.max_context}"
         return case.id in self.omitted
 
-    def _write_clip(self, name: str) -> None:
-        assert self.codec is not None
-        self.codes[name], arrays = clip_arrays(self.codec, clip_file(name))
-        self.clips[name] = f"clips/{name}.npz"
-        self._save(self.clips[name], **arrays)
+    def _write_clips(self, names: Sequence[str], progress: Callable[[str, int], None]) -> str | None:
+        """Record the clips; the codec's name. The codec is gone when this returns."""
+        if not names or self.open_codec is None:
+            return None
+        codec = self.open_codec()
+        for done, name in enumerate(names):
+            progress(f"clip {name}", done)
+            self.codes[name], arrays = clip_arrays(codec, clip_file(name))
+            self.clips[name] = f"clips/{name}.npz"
+            self._save(self.clips[name], **arrays)
+        return type(codec).__name__
 
     async def _write_case(self, case: Case) -> dict[str, Any]:
         entry: dict[str, Any] = {"title": case.title, "digest": case.digest}
