@@ -80,7 +80,7 @@ def measure_accuracy(conditions: Conditions, settings: AccuracySettings, progres
         files = [engine.file(number) for number in range(len(ids))]
         compared = [_compare(*each) for each in zip(baseline.references(), files, strict=True)]
     limits = load_limits()
-    judge = limits.ascend if engine.facts is None else _judge(limits, engine.facts["info"]["dtype"])
+    judge = limits.ascend if engine.facts is None else judge_of(limits, engine.facts["info"]["dtype"])
     figures = {"baseline": baseline.origin()} | accuracy_figures(prompts, ids, compared, limits.ascend, judge)
     failures = [answers.failure for answers in asked if answers.failure is not None]
     document = conditions.document(SCHEMA, asdict(settings), engine.facts, failures[0] if failures else None, figures)
@@ -150,7 +150,8 @@ def misses(document: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _judge(limits: Limits, dtype: str) -> DtypeLimits:
+def judge_of(limits: Limits, dtype: str) -> DtypeLimits:
+    """The limits of a dtype, or the report's where it has none."""
     try:
         return limits.for_dtype(dtype)
     except GpaError:
