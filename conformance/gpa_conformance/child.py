@@ -108,9 +108,14 @@ class Server:
         self._send({"id": number, "done": True})
 
     async def _logits(self, number: int, message: dict[str, Any]) -> None:
-        logits = np.asarray(await self._engine.logits(message["ids"]))
+        ids, positions = message["ids"], message["positions"]
+        logits = np.asarray(await self._engine.logits(ids))
         if logits.dtype == object:
             raise wire.EngineFault(f"logits gave {type(logits.flat[0]).__name__}; expected float32[T, V]")
+        if positions is not None:
+            if len(logits.shape) != 2 or len(logits) != len(ids):
+                raise wire.EngineFault(f"the logits of {len(ids)} ids are {logits.dtype}{list(logits.shape)}")
+            logits = logits[positions]
         path = self._folder / f"logits-{number}.npy"
         try:
             await asyncio.to_thread(np.save, path, logits, allow_pickle=False)

@@ -129,7 +129,14 @@ class ChildEngine:
 
     async def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """See :meth:`gpa_engines.engine.Engine.logits`; the array is a read-only mapping of a deleted file."""
-        number, messages = self._call("logits", ids=[int(token) for token in ids])
+        return await self._logits(ids, None)
+
+    async def logits_at(self, ids: Sequence[int], positions: Sequence[int]) -> NDArray[np.float32]:
+        """The rows of :meth:`logits` at some positions; only they leave the child."""
+        return await self._logits(ids, [int(position) for position in positions])
+
+    async def _logits(self, ids: Sequence[int], positions: Sequence[int] | None) -> NDArray[np.float32]:
+        number, messages = self._call("logits", ids=[int(token) for token in ids], positions=positions)
         try:
             message = await self._receive(messages)
         finally:

@@ -3,7 +3,22 @@
 Reading needs no engine and no torch; writing takes them from the caller.
 """
 
-from gpa_conformance.baseline.reading import Baseline, BaselineError, CodecReference, GreedyReference, LogitsReference
+from gpa_conformance.baseline.reading import (
+    Baseline,
+    BaselineError,
+    CodecReference,
+    GreedyReference,
+    LogitsReference,
+    SuspectReference,
+)
 from gpa_conformance.baseline.writing import write_baseline
 
-__all__ = ["Baseline", "BaselineError", "CodecReference", "GreedyReference", "LogitsReference", "write_baseline"]
+__all__ = [
+    "Baseline",
+    "BaselineError",
+    "CodecReference",
+    "GreedyReference",
+    "LogitsReference",
+    "SuspectReference",
+    "write_baseline",
+]

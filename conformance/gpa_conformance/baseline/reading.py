@@ -5,6 +5,7 @@ cases/FAMILY/NAME/prompt.json ids, stop_ids, allowed (pairs of first id and id a
 cases/FAMILY/NAME/logits.npy  float32[T, V], whole rows, for a short prompt; or
 cases/FAMILY/NAME/top.npz     the part of each row that `gpa_conformance.reference_rows` describes
 cases/FAMILY/NAME/greedy.npz  ids int64[N], margins float64[M], top5 int64[M, 5]
+cases/FAMILY/NAME/suspect.npz ids int64[n, L], columns int64[S], logits and direction float32[n, L, S]
 clips/NAME.npz                semantic, glm, voice int64; semantic_stable, glm_stable, voice_stable bool; pcm float32
 """
 
@@ -74,6 +75,26 @@ class CodecReference:
     def codes(self) -> ClipCodes:
         """What prompts are built from."""
         return ClipCodes(self.tokens, self.voice)
+
+
+@dataclass(frozen=True, slots=True)
+class SuspectReference:
+    """How a mistake moves the reference's logits; see `gpa_conformance.families.suspects`.
+
+    mistake: in words. prompts: n prompts of L ids. columns: int64[S], the ids whose logits are kept. logits, direction:
+    float32[n, L, S], the reference's, and how much the mistake adds to them.
+    """
+
+    mistake: str
+    prompts: tuple[tuple[int, ...], ...]
+    columns: NDArray[np.int64]
+    logits: NDArray[np.float32]
+    direction: NDArray[np.float32]
+
+    @property
+    def positions(self) -> int:
+        """n * L."""
+        return sum(map(len, self.prompts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +201,17 @@ class Baseline:
         arrays = load_arrays(self._file(case_id, "greedy"))
         reason: FinishReason = self.document["cases"][case_id]["finish_reason"]
         return GreedyReference(self.prompt(case_id), arrays["ids"], arrays["margins"], arrays["top5"], reason)
+
+    def suspect(self, case_id: str) -> SuspectReference:
+        """The direction of a mistake. Raises BaselineError when the baseline has none."""
+        arrays = load_arrays(self._file(case_id, "suspect"))
+        return SuspectReference(
+            mistake=self.document["cases"][case_id]["mistake"],
+            prompts=tuple(tuple(ids) for ids in arrays["ids"].tolist()),
+            columns=arrays["columns"],
+            logits=arrays["logits"],
+            direction=arrays["direction"],
+        )
 
     def codec(self, clip: str) -> CodecReference:
         """The codes and the audio of a clip. Raises BaselineError when the baseline has none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import numpy as np
 
 from gpa_codecs.codec import SpeechCodec
 from gpa_conformance.baseline.answers import Greedy, clip_arrays, greedy_answer, reference_logits, top_arrays
+from gpa_conformance.baseline.mistakes import OpenEngine, describe, mistake_arrays, unchanged
 from gpa_conformance.baseline.reading import DOCUMENT, SCHEMA, Baseline, BaselineError, checksum
 from gpa_conformance.bench.machine import machine_facts
 from gpa_conformance.cases import Case, clip_file, load_cases
@@ -41,11 +43,13 @@ async def write_baseline(
     open_codec: Callable[[], SpeechCodec] | None,
     cases: Sequence[Case],
     progress: Progress | None = None,
+    open_engine: OpenEngine | None = None,
 ) -> Baseline:
     """Record the answers of an engine and a codec to `cases` (and the prompts that they use) in the new folder `out`.
 
     open_codec: called once, and only if a case needs a codec, which is dropped before the engine runs, so that the two
-    do not share the memory; None leaves those cases out, and the baseline says so. The folder appears whole or not at
+    do not share the memory; None leaves those cases out, and the baseline says so. open_engine: opens another engine
+    like `engine`, for cases about a mistake in config.json; None leaves these out. The folder appears whole or not at
     all. Raises BaselineError when `out` has content or cannot be written, and for NaN or an engine that contradicts
     itself.
     """
@@ -56,7 +60,7 @@ async def write_baseline(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        writer = _Writer(temporary, checkpoint, engine, open_codec, _with_references(cases))
+        writer = _Writer(temporary, checkpoint, engine, open_codec, _with_references(cases), open_engine)
         await writer.write(progress or (lambda what, done, total: None))
         temporary.chmod(0o777 & ~_umask())
         os.replace(temporary, out)
@@ -76,11 +80,13 @@ class _Writer:
         engine: Engine,
         open_codec: Callable[[], SpeechCodec] | None,
         cases: Sequence[Case],
+        open_engine: OpenEngine | None,
     ) -> None:
         self.folder = folder
         self.checkpoint = checkpoint
         self.engine = engine
         self.open_codec = open_codec
+        self.open_engine = open_engine
         self.cases = cases
         self.space = checkpoint.token_space()
         self.codes: dict[str, ClipCodes] = {}
@@ -125,6 +131,10 @@ class _Writer:
         needs = _length(case, self.cases) + int(case.spec.get("new_tokens", 0))
         if self.open_codec is None and (clips := _clips(case, self.cases)):
             self.omitted[case.id] = f"no codec for the clip {min(clips)}"
+        elif case.kind == "suspect" and self.open_engine is None:
+            self.omitted[case.id] = "no second engine to make the mistake with"
+        elif case.kind == "suspect" and (reason := unchanged(self.checkpoint, case.spec["change"])):
+            self.omitted[case.id] = reason
         elif needs > self.engine.info.max_context:
             self.omitted[case.id] = f"it needs {needs} positions; the model has {self.engine.info.max_context}"
         return case.id in self.omitted
@@ -139,10 +149,18 @@ class _Writer:
             self.codes[name], arrays = clip_arrays(codec, clip_file(name))
             self.clips[name] = f"clips/{name}.npz"
             self._save(self.clips[name], **arrays)
-        return type(codec).__name__
+        name = type(codec).__name__
+        del codec
+        gc.collect()  # its parts refer to each other
+        return name
 
     async def _write_case(self, case: Case) -> dict[str, Any]:
         entry: dict[str, Any] = {"title": case.title, "digest": case.digest}
+        if case.kind == "suspect":
+            assert self.open_engine is not None
+            entry["suspect"] = f"cases/{case.id}/suspect.npz"
+            entry["mistake"] = describe(self.checkpoint, case.spec["change"])
+            self._save(entry["suspect"], **await mistake_arrays(self.checkpoint, self.engine, self.open_engine, case))
         if case.prompt is None:
             return entry
         prompt = build_prompt(case.prompt, self.space, self.codes.__getitem__, self.cases)

@@ -1,0 +1,86 @@
+"""What a case is given to work with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpa_codecs.codec import SpeechCodec
+from gpa_codecs.vocabulary import TokenSpace
+from gpa_conformance.baseline import Baseline
+from gpa_conformance.cases import Case
+from gpa_conformance.limits import DtypeLimits, Limits
+from gpa_conformance.prompts import Prompt
+from gpa_engines.engine import Capability, Engine
+
+
+class Skip(Exception):
+    """The case cannot run on this engine or checkpoint; the message says what is missing."""
+
+
+class WrongShape(Exception):
+    """The engine's logits are not float32[T, V]; the message says what they are."""
+
+
+@runtime_checkable
+class GivesRows(Protocol):
+    """An engine in another process, which need not send all rows of a long prompt."""
+
+    async def logits_at(self, ids: Sequence[int], positions: Sequence[int]) -> NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The engine under test and what it is compared with.
+
+    limits: of the engine's dtype; all_limits: those of codec, sampling and the Ascend report too. space: None without
+    a tokenizer. make_codec: a fresh codec; None where there is none, `no_codec` says why. cases: all of the package by
+    id. seed: added to the seeds of sampled cases; 0 repeats the recorded run.
+    """
+
+    engine: Engine
+    baseline: Baseline
+    limits: DtypeLimits
+    all_limits: Limits
+    space: TokenSpace | None
+    cases: Mapping[str, Case]
+    make_codec: Callable[[], SpeechCodec] | None = None
+    no_codec: str = "there is no codec"
+    seed: int = 0
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def need(self, capability: Capability) -> None:
+        """Skip the case unless the engine says that it can do this."""
+        if capability not in self.engine.info.capabilities:
+            raise Skip(f"no {capability}")
+
+    def prompt(self, case_id: str) -> Prompt:
+        """The prompt of a case, as the baseline recorded it."""
+        if reason := self.baseline.missing(self.cases[case_id]):
+            raise Skip(reason)
+        return self.baseline.prompt(case_id)
+
+    def prompts(self, case: Case) -> dict[str, Prompt]:
+        """The prompts that a case uses, by the id of their own case."""
+        return {case_id: self.prompt(case_id) for case_id in case.prompts}
+
+    async def rows(self, ids: Sequence[int], positions: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
+        """float32[P, V]: the engine's logits at some positions of a prompt. Raises WrongShape for other arrays."""
+        wanted = np.asarray(positions, np.int64)
+        if isinstance(self.engine, GivesRows):
+            rows = await self.engine.logits_at(ids, wanted.tolist())
+            expected = (len(wanted), self.engine.info.vocab_size)
+        else:
+            rows = await self.engine.logits(ids)
+            expected = (len(ids), self.engine.info.vocab_size)
+        if rows.shape != expected or rows.dtype != np.float32:
+            raise WrongShape(f"the logits of {len(ids)} ids are {rows.dtype}{list(rows.shape)}; expected float32[T, V]")
+        return rows if isinstance(self.engine, GivesRows) else rows[wanted]
+
+    async def last_row(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """float32[V]: what follows a prompt."""
+        return (await self.rows(ids, [len(ids) - 1]))[0]
