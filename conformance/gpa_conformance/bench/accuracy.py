@@ -17,8 +17,8 @@ results_accuracy.json (schema "gpa-bench-accuracy/1"), between the fields that `
 `last` is about the last position of a prompt, which predicts the answer's first token and is what the report looks at;
 `all` is about every position. Both hold the figures that `gpa_conformance.metrics` describes; null is "not a number",
 which happens only where logits are NaN or infinite. A verdict is {scope "last" | "all", metric, value, relation,
-limit, passed}; value null never passes. The report's limits were drawn for float32 and float16: a healthy bfloat16
-engine may be beyond them, so they are said and do not decide.
+limit, passed}; value null never passes. The report's limits know no dtype, and a healthy bfloat16 engine may be beyond
+them, so they are said and do not decide.
 """
 
 from __future__ import annotations
