@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from gpa_conformance.bench import cli
+from gpa_engines.checkpoint import Checkpoint
 
 COMMON = {"schema", "created", "failed", "settings", "engine", "machine", "checkpoint", "notes"}
 
@@ -82,7 +83,8 @@ def check_common(document: dict[str, Any], schema: str, model: Path) -> None:
     assert document["engine"]["load_s"] > 0
     assert document["machine"]["packages"]["torch"]
     assert document["checkpoint"]["random_weights"] is False
-    assert len(document["checkpoint"]["files"]["model.safetensors"]["sha256"]) == 64
+    assert document["checkpoint"]["lm_bytes"] == (model / "model.safetensors").stat().st_size
+    assert document["checkpoint"]["sha256"] == Checkpoint.open(model, require=("lm", "tokenizer")).fingerprint()
 
 
 def _refuse(constant: str) -> None:

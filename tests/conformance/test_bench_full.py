@@ -128,7 +128,7 @@ def test_a_task_that_fails_leaves_the_others_running(
         (["--num-iters", "0"], "num-iters is 0"),
         (["--prefill", "0"], "prefill is 0"),
         (["--baseline", "nowhere"], "baseline.json is missing"),
-        (["--output", "no/such/folder/eval.json"], "there is no folder"),
+        (["--output", "no/such/folder/eval.json"], "--output no/such/folder/eval.json: "),
         (["--backend", "sglang"], "backend 'sglang' is not part of this version"),
     ],
 )
@@ -145,7 +145,7 @@ def test_a_file_that_is_in_the_way_is_found_before_the_work(bench: GpaBench, tin
     Path("results_memory.json").mkdir()
     run = bench("full", "--model", tiny_checkpoint, *SMALL, "-v")
     assert run.status == cli.MISUSE
-    assert "results_memory.json is a folder" in run.err
+    assert "--output results_memory.json" in run.err
     assert "loading" not in run.err
 
 
@@ -165,7 +165,7 @@ def test_ctrl_c_ends_the_child_and_writes_nothing(tiny_checkpoint: Path, tmp_pat
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == cli.INTERRUPTED
-    assert "interrupted; nothing was written" in errors
+    assert "interrupted" in errors
     assert list(tmp_path.iterdir()) == []
     assert not processes_with(str(tmp_path))
 

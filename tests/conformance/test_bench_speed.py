@@ -185,7 +185,7 @@ def test_an_engine_that_hangs_is_ended_and_reported(bench: GpaBench, speed) -> N
         (["--backend", "nonsense"], "unknown backend 'nonsense'"),
         (["--threads", "0"], "threads is 0"),
         (["--timeout", "0"], "timeout is 0"),
-        (["--output", "no/such/folder/result.json"], "there is no folder"),
+        (["--output", "no/such/folder/result.json"], "--output no/such/folder/result.json: "),
         (["--output", "."], "is a folder; name a file"),
         (["--num-iters", "many"], "--num-iters"),
         (["--model", "./nothing-here"], "nothing-here"),

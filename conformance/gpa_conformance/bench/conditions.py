@@ -10,7 +10,8 @@ Every document of a task begins with the same fields:
                     options it was created with, import_s (its framework), load_s (from then until ready)
     machine         cpu, cores, usable_cores, memory, system, python, packages {name: version or null}, foreign_cores:
                     cores that other programs kept busy during the run, on average, or null
-    checkpoint      path, random_weights, files {name: {bytes, sha256}} of the language model
+    checkpoint      path, random_weights, lm_bytes: size of the language model's weight files, sha256 {file: hash} of
+                    the language model's and the tokenizer's files
 
 and ends with `notes`: what speaks against the figures, in words. Memory, in bytes with null for unknown, is
 
@@ -31,7 +32,7 @@ from typing import Any
 from gpa_codecs.errors import RequestError
 from gpa_codecs.vocabulary import TokenSpace
 from gpa_conformance.bench.benchmark import BUSY_CORES
-from gpa_conformance.bench.machine import LoadMeter, checkpoint_facts, machine_facts, package_version, usable_cores
+from gpa_conformance.bench.machine import LoadMeter, machine_facts, package_version, usable_cores
 from gpa_conformance.bench.process import Child, ChildFailed
 from gpa_conformance.bench.rounds import Progress
 from gpa_conformance.bench.workload import ContenderSpec
@@ -81,7 +82,6 @@ class Conditions:
     choice: EngineChoice
     checkpoint: Checkpoint
     space: TokenSpace
-    files: Mapping[str, Any]
     created: str
     meter: LoadMeter
 
@@ -93,7 +93,8 @@ class Conditions:
         space = checkpoint.token_space()
         created, meter = datetime.now(UTC).isoformat(timespec="seconds"), LoadMeter.start()
         progress("fingerprint of the checkpoint")
-        return cls(choice, checkpoint, space, checkpoint_facts(checkpoint.root), created, meter)
+        checkpoint.fingerprint()  # kept by the process; reading the files now also warms the page cache
+        return cls(choice, checkpoint, space, created, meter)
 
     @contextmanager
     def subject(
@@ -142,13 +143,19 @@ class Conditions:
             "engine": None if engine is None else loaded_engine(engine),
             "machine": self.machine() | {"foreign_cores": foreign_cores},
             "checkpoint": {
-                "path": self.files["path"],
+                "path": str(self.checkpoint.root),
                 "random_weights": is_random_checkpoint(self.checkpoint.root),
-                "files": self.files["files"],
+                "lm_bytes": self.lm_bytes,
+                "sha256": self.checkpoint.fingerprint(),
             },
             **figures,
             "notes": notes,
         }
+
+    @property
+    def lm_bytes(self) -> int:
+        """Size of the language model's weight files."""
+        return sum(file.stat().st_size for file in self.checkpoint.root.glob("*.safetensors"))
 
     def machine(self) -> dict[str, Any]:
         """`machine_facts`, with the versions of what the backend needs."""

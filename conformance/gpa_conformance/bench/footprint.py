@@ -3,7 +3,6 @@
 results_memory.json (schema "gpa-bench-memory/1"), between the fields that `conditions` describes; seconds, bytes:
 
     settings        also prefill (lengths in tokens), new_tokens
-    weights         bytes of the checkpoint's weight files of the language model
     stages          in the order in which they ran, each on top of what came before: {stage "load" | "prefill" |
                     "decode", prompt_tokens, new_tokens, seconds, memory, peak_since "stage" | "start"}
 
@@ -62,8 +61,7 @@ def measure_memory(conditions: Conditions, settings: MemorySettings, progress: P
             stages.append(_stage(child, conditions, "decode", longest, settings.new_tokens))
     except ChildFailed as failed:
         failure = failed
-    weights = sum(each["bytes"] for name, each in conditions.files["files"].items() if name.endswith(".safetensors"))
-    document = conditions.document(SCHEMA, asdict(settings), facts, failure, {"weights": weights, "stages": stages})
+    document = conditions.document(SCHEMA, asdict(settings), facts, failure, {"stages": stages})
     if failure is None:
         return Outcome(document)
     return Outcome(document, [f"memory: {conditions.choice.spec.name}: {failure.reason}"], failure.traceback)

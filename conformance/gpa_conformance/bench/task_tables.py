@@ -87,7 +87,9 @@ def print_memory(values: dict[str, Any], console: Console) -> None:
     """Stage by stage."""
     console.print(_heading("memory", values), soft_wrap=True)
     columns = ("allocated", "reserved", "peak allocated", "peak reserved", "process, now", "process, peak")
-    table = _table(f"MiB; weights on disk: {_mebibytes(values['weights'])}", "stage", "seconds", *columns)
+    table = _table(
+        f"MiB; weights on disk: {_mebibytes(values['checkpoint']['lm_bytes'])}", "stage", "seconds", *columns
+    )
     for stage in values["stages"]:
         memory = stage["memory"]
         figures = ("allocated", "reserved", "peak_allocated", "peak_reserved", "host_resident", "host_peak_resident")
