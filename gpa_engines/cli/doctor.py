@@ -105,12 +105,13 @@ def _show_parts(report: CheckpointReport, console: Console, verbose: bool) -> No
         table.add_row(*map(Text, row))
     console.print()
     console.print(table)
+    console.print()
     for component in report.components:
         details = [f"{key} {value}" for key, value in component.details.items()]
         if verbose and component.key_style:
             details.append(f"names with {component.key_style}")
         if details:
-            _line(console, f"{component.name}: {', '.join(details)}")
+            _line(console, f"{component.name}: ", "bold", ", ".join(details))
 
 
 def _show_tokens(report: CheckpointReport, console: Console, verbose: bool) -> None:

@@ -84,7 +84,7 @@ def check(options: RunOptions) -> Job:
 
 def _existing(name: str, path: str) -> Path:
     if not Path(path).exists():
-        raise UsageError(f"{flag(name)} {path}: there is no such file or folder")
+        raise UsageError(f"{flag(name)}: {path}: there is no such file or folder")
     return Path(path)
 
 
@@ -99,7 +99,9 @@ def _output(options: RunOptions, task: Task | None) -> Path | None:
         return _writable("output_dir", str(folder / REFERENCE_OUTPUT[task]))
     path = _writable("output", options.output or str(DEFAULT_OUTPUT))
     if path is not None and path.suffix.lower() in OTHER_FORMATS:
-        raise UsageError(f"--output {path}: the audio is written as WAV; name the file {path.with_suffix('.wav').name}")
+        raise UsageError(
+            f"--output: {path}: the audio is written as WAV; name the file {path.with_suffix('.wav').name}"
+        )
     return path
 
 
@@ -111,7 +113,7 @@ def _writable(name: str, path: str | None) -> Path | None:
     try:
         check_writable(path)
     except AudioError as error:
-        raise UsageError(f"{flag(name)} {error}") from error
+        raise UsageError(f"{flag(name)}: {error}") from error
     return Path(path)
 
 
@@ -128,11 +130,11 @@ def _clip(name: str, options: RunOptions) -> Waveform:
     try:
         waveform = load_audio(_audio_source(path), channel=channel)
     except AudioError as error:
-        raise AudioError(f"{flag(name)} {error}") from error
+        raise AudioError(f"{flag(name)}: {error}") from error
     samples = len(waveform.pcm)
     if samples < SHORTEST_CLIP:
         raise AudioError(
-            f"{flag(name)} {path} is too short: {samples} samples ({1000 * waveform.duration:.1f} ms) at "
+            f"{flag(name)}: {path} is too short: {samples} samples ({1000 * waveform.duration:.1f} ms) at "
             f"{SAMPLE_RATE} Hz; expected at least {SHORTEST_CLIP} ({1000 * SHORTEST_CLIP // SAMPLE_RATE} ms)"
         )
     return waveform
@@ -174,7 +176,7 @@ def _content(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        raise UsageError(f"--text-file {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UsageError(f"--text-file: {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _decoded(content: bytes, name: str) -> str:

@@ -23,6 +23,9 @@ UNKNOWN_LENGTH = 0xFFFFFFFF
 """What a WAV header says when the length is not known yet; as ffmpeg writes to a pipe."""
 
 
+STANDARD_OUTPUT = "standard output"
+
+
 class AudioSink(Protocol):
     """Takes the pieces of a stream."""
 
@@ -31,14 +34,12 @@ class AudioSink(Protocol):
 
 def print_line(text: str, end: str = "\n") -> None:
     """Text to standard output at once; on a terminal, control characters from a model cannot act."""
-    sys.stdout.write((_harmless(text) if sys.stdout.isatty() else text) + end)
-    sys.stdout.flush()
+    _print((_harmless(text) if sys.stdout.isatty() else text) + end)
 
 
 def print_json(document: dict[str, Any], *, one_line: bool = False) -> None:
     """A JSON document to standard output at once."""
-    sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=None if one_line else 2) + "\n")
-    sys.stdout.flush()
+    _print(json.dumps(document, ensure_ascii=False, indent=None if one_line else 2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -55,8 +56,9 @@ def write_audio(path: Path, waveform: Waveform) -> None:
     if str(path) == "-":
         buffer = io.BytesIO()
         write_wav(buffer, waveform)
-        sys.stdout.buffer.write(buffer.getbuffer())
-        sys.stdout.buffer.flush()
+        with named(STANDARD_OUTPUT):
+            sys.stdout.buffer.write(buffer.getbuffer())
+            sys.stdout.buffer.flush()
         return
     with named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,10 +73,10 @@ def audio_stream(path: Path) -> Generator[AudioSink, None, None]:
     output, devices and pipes get a header of unknown length with the first piece.
     """
     if str(path) == "-":
-        yield _Pipe(sys.stdout.buffer, path)
+        yield _Pipe(sys.stdout.buffer, STANDARD_OUTPUT)
     elif path.exists() and not path.is_file():
         with named(path):
-            device = path.open("wb")
+            device = path.open("wb", buffering=0)
         with device:
             yield _Pipe(device, path)
     else:
@@ -83,7 +85,7 @@ def audio_stream(path: Path) -> Generator[AudioSink, None, None]:
 
 
 class _Pipe:
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    def __init__(self, file: BinaryIO | io.FileIO, path: Path | str) -> None:
         self._file = file
         self._path = path
         self._begun = False
@@ -92,9 +94,14 @@ class _Pipe:
         with named(self._path):
             if not self._begun:
                 self._begun = True
-                self._file.write(_open_header())
-            self._file.write(_samples(piece))
+                self._write(_open_header())
+            self._write(_samples(piece))
             self._file.flush()
+
+    def _write(self, content: bytes) -> None:
+        """An unbuffered file may take less than it is given."""
+        while content:
+            content = content[self._file.write(content) :]
 
 
 class _File:
@@ -144,7 +151,7 @@ def _open_header() -> bytes:
 
 
 @contextmanager
-def named(path: Path) -> Generator[None, None, None]:
+def named(path: Path | str) -> Generator[None, None, None]:
     """Failures of the file system, the path in front."""
     try:
         yield
@@ -158,6 +165,12 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _print(text: str) -> None:
+    with named(STANDARD_OUTPUT):
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def _harmless(text: str) -> str:

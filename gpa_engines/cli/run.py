@@ -23,6 +23,8 @@ from gpa_codecs.errors import GpaError
 from gpa_engines.cli.doctor import DoctorOptions, doctor, examine
 from gpa_engines.cli.options import RunOptions, expand_dash, normalize, signature
 
+DEFECT = 1
+WRONG_INPUT = 2
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 
@@ -84,52 +86,52 @@ app.command(name="doctor")(doctor)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (sys.argv without one) and return the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    verbose = False
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        status = _guarded(arguments)
+    except KeyboardInterrupt:
+        status = _interrupted()
+    _settle_stdout()
+    return status
+
+
+def _guarded(arguments: Sequence[str]) -> int:
+    verbose = False
+    try:
         command = app(arguments or ["--help"], prog_name="gpa-run", standalone_mode=False)
-        if isinstance(command, RunOptions | DoctorOptions):
-            verbose = command.verbose
-            status = _dispatch(command)
-        else:
-            status = int(command or 0)
-        sys.stdout.flush()
-        return status
+        if not isinstance(command, RunOptions | DoctorOptions):
+            return int(command or 0)
+        verbose = command.verbose
+        return examine(command) if isinstance(command, DoctorOptions) else _run_or_list(command)
     except typer.TyperException as error:
         return _complain(f"{error.format_message().rstrip('.')}; see gpa-run --help")
     except GpaError as error:
         return _complain(str(error), verbose)
-    except KeyboardInterrupt:
-        return _interrupted()
     except BrokenPipeError:
-        # The interpreter flushes standard output once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except Exception as error:
         hint = "" if verbose else " (run with -v for the traceback)"
         _complain(f"unexpected {type(error).__name__}: {error}{hint}", verbose)
-        return 1
+        return DEFECT
 
 
-def _dispatch(command: RunOptions | DoctorOptions) -> int:
-    if isinstance(command, DoctorOptions):
-        return examine(command)
-    if command.version:
+def _run_or_list(options: RunOptions) -> int:
+    if options.version:
         print(f"gpa-engines {gpa_engines.__version__}")
         return 0
-    if command.list_backends:
+    if options.list_backends:
         from gpa_engines.cli.backends import print_backends
 
-        print_backends(command.json)
+        print_backends(options.json)
         return 0
     from gpa_engines.cli.inputs import check
 
-    job = check(command)
+    job = check(options)
     from gpa_engines.cli.execute import execute
     from gpa_engines.cli.progress import Narrator
 
-    with Narrator(command.verbose) as narrator:
+    with Narrator(options.verbose) as narrator:
         execute(job, narrator)
     return 0
 
@@ -142,15 +144,23 @@ def _complain(message: str, with_traceback: bool = False) -> int:
         traceback.print_exc()
     console = Console(stderr=True, highlight=False)
     console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
-    return 2
+    return WRONG_INPUT
 
 
 def _interrupted() -> int:
+    """From here on another Ctrl-C kills at once, and no codec call that cannot be cut short holds up the exit."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     print("interrupted", file=sys.stderr)
     if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
-        # A codec call that cannot be cut short would hold up the exit.
-        sys.stdout.flush()
+        _settle_stdout()
         sys.stderr.flush()
         os._exit(INTERRUPTED)
     return INTERRUPTED
+
+
+def _settle_stdout() -> None:
+    """Keep the interpreter from complaining at its end that standard output cannot be flushed; it was said already."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -50,7 +50,7 @@ REFUSED = {
     "seed": ((*TTS, "--seed", "-5"), "seed is -5; expected"),
     "threads": ((*TTS, "--threads", "0"), "--threads is 0; expected at least 1"),
     "cache": ((*TTS, "--max-tokens-in-flight", "0"), "--max-tokens-in-flight is 0; expected at least 1"),
-    "missing component": ((*TTS, "--bicodec", "nowhere"), "--bicodec nowhere: there is no such file or folder"),
+    "missing component": ((*TTS, "--bicodec", "nowhere"), "--bicodec: nowhere: there is no such file or folder"),
     "unknown option": ((*TTS, "--loud"), "No such option: --loud"),
     "option without value": ((*TTS, "--seed"), "--seed"),
     "unknown command": (("docter",), "No such command 'docter'. Did you mean 'doctor'?"),
