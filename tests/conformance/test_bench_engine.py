@@ -187,20 +187,23 @@ def test_a_missing_yardstick_says_how_to_install_it(
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-def test_ctrl_c_ends_the_children_and_writes_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, cli.INTERRUPTED), (signal.SIGTERM, cli.TERMINATED)])
+def test_signals_end_the_children_and_nothing_is_written(
+    tiny_checkpoint: Path, tmp_path: Path, sent: signal.Signals, status: int
+) -> None:
     target = tmp_path / "result.json"
     command = [sys.executable, "-m", "gpa_conformance.bench.cli", "engine", "--model", str(tiny_checkpoint), *SMALL]
-    marked = os.environ | {"GPA_BENCH_TEST": str(tmp_path)}
+    marked = os.environ | {"GPA_BENCH_TEST": str(tmp_path), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
         [*command, "-v", "--repeats", "100000", "--json", str(target)], env=marked, stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
     assert any(line.startswith("round 2") for line in process.stderr)
     assert len(processes_with(str(tmp_path))) == 2
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == cli.INTERRUPTED
-    assert "interrupted" in errors
+    assert process.returncode == status
+    assert "Traceback" not in errors
     assert processes_with(str(tmp_path)) == []
     assert list(tmp_path.iterdir()) == []
 

@@ -257,6 +257,15 @@ def _memory_is_short() -> bool:
     return available is not None and total is not None and available < 0.1 * total
 
 
+def _contention(threads: int, foreign_cores: float) -> str:
+    """What others cost. OpenMP threads that wait for one that is not running make every parallel step a time slice
+    long, which hits a program with many small steps many times harder than one with few: not even ratios survive."""
+    busy = f"other programs kept {foreign_cores:.1f} of {usable_cores()} cores busy during the run"
+    if threads > 1 and threads + foreign_cores > usable_cores() + BUSY_CORES:
+        return f"{busy}: {threads} threads did not have a core each, so neither rates nor ratios count; run it alone"
+    return f"{busy}: rates are low, ratios roughly hold"
+
+
 def _note_conditions(
     settings: Settings, records: Sequence[Record], foreign_cores: float | None, notes: list[str]
 ) -> None:
@@ -264,7 +273,7 @@ def _note_conditions(
     if settings.threads > usable_cores():
         notes.append(f"{settings.threads} threads on {usable_cores()} usable cores")
     if foreign_cores is not None and foreign_cores > BUSY_CORES:
-        notes.append(f"other programs kept {foreign_cores:.1f} cores busy during the run: ratios hold, rates are low")
+        notes.append(_contention(settings.threads, foreign_cores))
     for record in records:
         others = sum(s.wall_s for other in records if other is not record for s in other.samples)
         if record.idle_cpu_s > IDLE_SHARE * others > 0:

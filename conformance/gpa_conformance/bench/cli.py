@@ -1,11 +1,15 @@
-"""`gpa-bench`: exit status 0 when everything was measured, 1 when something failed, 2 for misuse, 130 for Ctrl-C."""
+"""`gpa-bench`: exit status 0 when everything was measured, 1 when something failed, 2 for misuse, 130 for
+Ctrl-C, 143 for SIGTERM."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +19,7 @@ from rich.text import Text
 
 from gpa_codecs.errors import GpaError
 
-FAILED, MISUSE, INTERRUPTED = 1, 2, 130
+FAILED, MISUSE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 PLAIN_WIDTH = 160
 """Columns of a table that goes into a file or pipe."""
@@ -77,7 +81,7 @@ def engine(
     )
     if json_file is not None:
         _check_target(json_file)
-    with _Progress(verbose) as progress:
+    with _terminable(), _Progress(verbose) as progress:
         result = run_benchmark(settings, progress)
     values = document(result)
     if json_file is not None:
@@ -134,6 +138,19 @@ class _Progress:
             self._status.update(step)
         elif self._verbose:
             self._console.print(step, soft_wrap=True)
+
+
+@contextmanager
+def _terminable() -> Generator[None, None, None]:
+    """SIGTERM unwinds like Ctrl-C, so that children and temporary files go too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_target(path: Path) -> None:
