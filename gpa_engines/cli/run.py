@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -22,6 +22,9 @@ import gpa_engines
 from gpa_codecs.errors import GpaError
 from gpa_engines.cli.doctor import DoctorOptions, doctor, examine
 from gpa_engines.cli.options import RunOptions, expand_dash, normalize, signature
+
+COMMAND_LINE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+"""The base of everything that typer says about a command line; which module it lives in depends on typer's version."""
 
 DEFECT = 1
 WRONG_INPUT = 2
@@ -77,6 +80,7 @@ def _run(**options: Any) -> RunOptions:
     return RunOptions(**options)
 
 
+# typer reads the options from here, so that they are declared once, where their values arrive.
 _run.__signature__ = signature()  # pyright: ignore[reportFunctionMemberAccess]
 _run.__annotations__ = {}
 
@@ -104,7 +108,7 @@ def _guarded(arguments: Sequence[str]) -> int:
             return int(command or 0)
         verbose = command.verbose
         return examine(command) if isinstance(command, DoctorOptions) else _run_or_list(command)
-    except typer.TyperException as error:
+    except COMMAND_LINE_ERROR as error:
         return _complain(f"{error.format_message().rstrip('.')}; see gpa-run --help")
     except GpaError as error:
         return _complain(str(error), verbose)

@@ -112,6 +112,17 @@ def test_a_failed_run_keeps_an_existing_file(gpa_run: GpaRun, tts) -> None:
         assert [path.name for path in Path.cwd().iterdir()] == ["out.wav"]
 
 
+@pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["whole", "stream"])
+def test_no_speech_is_an_error_and_no_file(gpa_run: GpaRun, tts, stream: tuple[str, ...]) -> None:
+    """Every id is as likely as any other at this temperature, and seed 416 draws the end first."""
+    uniform = ("--temperature", "1e6", "--top-k", "0", "--repetition-penalty", "1", "--min-new-tokens", "0")
+    outcome = gpa_run(*tts, "--text", "Hello.", *uniform, "--seed", "416", *stream)
+    assert outcome.status == 2
+    assert outcome.stdout == b""
+    assert "error: no speech tokens were generated" in outcome.stderr
+    assert list(Path.cwd().iterdir()) == []
+
+
 def test_text_from_a_file_and_from_standard_input(gpa_run: GpaRun, tts, monkeypatch: pytest.MonkeyPatch) -> None:
     succeeded(gpa_run(*tts, "--text", "Schöne Grüße, 你好。", "-o", "argument.wav"))
     Path("text.txt").write_text("Schöne Grüße, 你好。", encoding="utf-8-sig")
