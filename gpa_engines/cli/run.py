@@ -152,12 +152,15 @@ def _complain(message: str, with_traceback: bool = False) -> int:
 
 
 def _interrupted() -> int:
-    """From here on another Ctrl-C kills at once, and no codec call that cannot be cut short holds up the exit."""
+    """From here on another Ctrl-C kills at once.
+
+    A codec call cannot be cut short, and torch aborts the process if its thread outlives the interpreter: the exit
+    does not wait for either.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    print("interrupted", file=sys.stderr)
-    if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
+    print("interrupted", file=sys.stderr, flush=True)
+    if threading.active_count() > 1:
         _settle_stdout()
-        sys.stderr.flush()
         os._exit(INTERRUPTED)
     return INTERRUPTED
 
