@@ -147,7 +147,7 @@ def _audio_event(piece: AudioPiece, start: float) -> dict[str, Any]:
 def _keep_voice(job: Job, model_dir: Path, narrator: Narrator) -> None:
     narrator.stage("reading the voice")
     checkpoint = open_model(model_dir, **job.components, require=("bicodec",))
-    codec = load_codec(checkpoint, job.engine_options.get("device", "cpu"))
+    codec = load_codec(checkpoint, job.engine_options.get("device", "cpu"), job.engine_options.get("threads"))
     assert isinstance(job.speaker, Waveform)
     voice = _named(codec.voice(job.speaker), job)
     narrator.rest()

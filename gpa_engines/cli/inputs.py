@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gpa_codecs.audio import SAMPLE_RATE, Waveform, check_writable, load_audio
-from gpa_codecs.codec import Voice
+from gpa_codecs.codec import MINIMUM_LENGTH, Voice
 from gpa_codecs.errors import AudioError, TokenError
 from gpa_codecs.prompts import Task, check_speakable
 from gpa_engines.cli import usage
@@ -23,9 +23,6 @@ DEFAULT_OUTPUT = Path("gpa-output.wav")
 
 REFERENCE_OUTPUT: dict[Task, str] = {"tts-a": "output_gpa_tts_a.wav", "vc": "output_gpa_vc.wav"}
 """What the reference calls its results in --output_dir."""
-
-SHORTEST_CLIP = 400
-"""Samples at 16 kHz; `SpeechCodec.encode` takes nothing shorter."""
 
 OTHER_FORMATS = {".aac", ".flac", ".m4a", ".mp3", ".ogg", ".opus"}
 """File names that promise something else than the WAV that is written."""
@@ -132,10 +129,10 @@ def _clip(name: str, options: RunOptions) -> Waveform:
     except AudioError as error:
         raise AudioError(f"{flag(name)}: {error}") from error
     samples = len(waveform.pcm)
-    if samples < SHORTEST_CLIP:
+    if samples < MINIMUM_LENGTH:
         raise AudioError(
             f"{flag(name)}: {path} is too short: {samples} samples ({1000 * waveform.duration:.1f} ms) at "
-            f"{SAMPLE_RATE} Hz; expected at least {SHORTEST_CLIP} ({1000 * SHORTEST_CLIP // SAMPLE_RATE} ms)"
+            f"{SAMPLE_RATE} Hz; expected at least {MINIMUM_LENGTH} ({1000 * MINIMUM_LENGTH // SAMPLE_RATE} ms)"
         )
     return waveform
 

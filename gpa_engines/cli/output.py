@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import struct
 import sys
-import tempfile
 import unicodedata
 import wave
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from gpa_codecs.audio import SAMPLE_RATE, Waveform, write_wav
 from gpa_codecs.errors import GpaError
-from gpa_codecs.files import write_atomically
+from gpa_codecs.files import replacing, write_all, write_atomically
 
 UNKNOWN_LENGTH = 0xFFFFFFFF
 """What a WAV header says when the length is not known yet; as ffmpeg writes to a pipe."""
@@ -45,10 +43,7 @@ def print_json(document: dict[str, Any], *, one_line: bool = False) -> None:
 def write_text(path: Path, text: str) -> None:
     """A text file, replaced only once the new one is whole. Raises GpaError naming the file."""
     with named(path):
-        if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
-        else:
-            write_atomically(Path(os.path.realpath(path)), text.encode())
+        write_atomically(path, text.encode())
 
 
 def write_audio(path: Path, waveform: Waveform) -> None:
@@ -80,7 +75,7 @@ def audio_stream(path: Path) -> Generator[AudioSink, None, None]:
         with device:
             yield _Pipe(device, path)
     else:
-        with _growing_file(Path(os.path.realpath(path))) as file:
+        with _growing_file(path) as file:
             yield file
 
 
@@ -94,14 +89,9 @@ class _Pipe:
         with named(self._path):
             if not self._begun:
                 self._begun = True
-                self._write(_open_header())
-            self._write(_samples(piece))
+                write_all(self._file, _open_header())
+            write_all(self._file, _samples(piece))
             self._file.flush()
-
-    def _write(self, content: bytes) -> None:
-        """An unbuffered file may take less than it is given."""
-        while content:
-            content = content[self._file.write(content) :]
 
 
 class _File:
@@ -118,21 +108,13 @@ class _File:
 def _growing_file(path: Path) -> Generator[AudioSink, None, None]:
     with named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as raw, wave.open(raw, "wb") as file:
-            file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", "not compressed"))
-            yield _File(file, path)
-            with named(path):
-                file.close()
-                raw.flush()
-                os.fsync(raw.fileno())
+    with ExitStack() as open_files:
         with named(path):
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+            file = open_files.enter_context(wave.open(open_files.enter_context(replacing(path)), "wb"))
+            file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", "not compressed"))
+        yield _File(file, path)
+        with named(path):
+            open_files.close()
 
 
 def _samples(piece: Waveform) -> bytes:
@@ -159,12 +141,6 @@ def named(path: Path | str) -> Generator[None, None, None]:
         raise
     except OSError as error:
         raise GpaError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _print(text: str) -> None:

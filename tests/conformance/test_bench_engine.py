@@ -159,7 +159,7 @@ def test_a_child_that_takes_too_long_is_ended_and_reported(
         (["--threads", "0"], "threads is 0"),
         (["--timeout", "0"], "timeout is 0"),
         (["--head", "half"], "head is 'half'"),
-        (["--json", "no/such/folder/result.json"], "there is no folder"),
+        (["--json", "no/such/folder/result.json"], "does not exist"),
         (["--repeats", "many"], "--repeats"),
     ],
 )

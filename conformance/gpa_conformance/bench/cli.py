@@ -3,7 +3,6 @@ Ctrl-C, 143 for SIGTERM."""
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gpa_codecs.errors import GpaError
+from gpa_codecs.files import why_not_writable, write_atomically
 
 FAILED, MISUSE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
@@ -155,20 +155,13 @@ def _terminable() -> Generator[None, None, None]:
 
 def _check_target(path: Path) -> None:
     """Say before the work starts that the report could not be written."""
-    folder = path.resolve().parent
-    if path.is_dir():
-        raise GpaError(f"--json {path} is a folder; name a file")
-    if not folder.is_dir():
-        raise GpaError(f"--json {path}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK):
-        raise GpaError(f"--json {path}: folder {folder} cannot be written to")
+    if problem := why_not_writable(path):
+        raise GpaError(f"--json {path}: cannot be written: {problem}")
 
 
 def _write(path: Path, content: bytes) -> None:
-    from gpa_codecs.files import write_atomically
-
     try:
-        write_atomically(path.resolve(), content)
+        write_atomically(path, content)
     except OSError as error:
         raise GpaError(f"--json {path}: cannot be written: {error.strerror or error}") from error
 
