@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +41,8 @@ def test_the_document_names_its_format_and_what_the_figures_depend_on(run: tuple
     assert (values["format"], values["version"]) == ("gpa-bench-engine", 1)
     assert values["machine"]["cores"] >= 1
     assert values["machine"]["packages"]["torch"]
-    assert len(values["checkpoint"]["files"]["model.safetensors"]["sha256"]) == 64
+    assert values["checkpoint"]["lm_bytes"] > 0
+    assert all(len(digest) == 64 for digest in values["checkpoint"]["sha256"].values())
     assert values["settings"]["workload"]["batches"] == [1, 2]
 
 
@@ -138,6 +140,14 @@ def test_a_contender_that_fails_leaves_the_others_and_their_jobs_running(
         assert 0 < job["peak_rss_loaded"] <= job["peak_rss"]
 
 
+def test_the_language_model_alone_can_be_measured(tiny_checkpoint_copy: Path) -> None:
+    shutil.rmtree(tiny_checkpoint_copy / "BiCodec")
+    shutil.rmtree(tiny_checkpoint_copy / "glm-4-voice-tokenizer")
+    alone = ["engine", "--model", str(tiny_checkpoint_copy), *SMALL, "--head", "restricted"]
+    assert cli.main([*alone, "--no-codec", "--logit-positions", "0"]) == 0
+    assert cli.main(alone) == cli.MISUSE
+
+
 def test_a_child_that_takes_too_long_is_ended_and_reported(
     tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,7 +205,10 @@ def test_signals_end_the_children_and_nothing_is_written(
     command = [sys.executable, "-m", "gpa_conformance.bench.cli", "engine", "--model", str(tiny_checkpoint), *SMALL]
     marked = os.environ | {"GPA_BENCH_TEST": str(tmp_path), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
-        [*command, "-v", "--repeats", "100000", "--json", str(target)], env=marked, stderr=subprocess.PIPE, text=True
+        [*command, "-v", "--no-codec", "--repeats", "100000", "--json", str(target)],
+        env=marked,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stderr is not None
     assert any(line.startswith("round 2") for line in process.stderr)

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -23,6 +23,9 @@ FAILED, MISUSE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 PLAIN_WIDTH = 160
 """Columns of a table that goes into a file or pipe."""
+
+COMMAND_LINE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+"""The base of everything that typer says about a command line; which module it lives in depends on typer's version."""
 
 app = typer.Typer(
     name="gpa-bench",
@@ -99,8 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = app(arguments, prog_name="gpa-bench", standalone_mode=False)
-    except typer.TyperException as error:
-        _complain(f"{error.format_message().rstrip('.')}; see gpa-bench engine --help")
+    except COMMAND_LINE_ERROR as error:
+        # Without a command there is no message: the help has been shown.
+        if message := error.format_message().rstrip("."):
+            _complain(f"{message}; see gpa-bench engine --help")
         return MISUSE
     except GpaError as error:
         if {"-v", "--verbose"} & set(arguments):
