@@ -21,6 +21,7 @@ from gpa_engines.backends.torch.linear import WeightFormat, weight_format
 from gpa_engines.backends.torch.model import Qwen3
 from gpa_engines.engine import EngineInfo
 from gpa_engines.lm_config import LMConfig
+from gpa_engines.passing_thread import in_passing_thread
 from gpa_engines.step_engine import StepEngine
 from gpa_engines.step_model import StepRow
 
@@ -143,8 +144,10 @@ def build_engine(
     config = LMConfig.from_file(folder / "config.json")
     if threads is not None:
         torch.set_num_threads(threads)
-    model = TorchStepModel(
-        folder, config, weights, max_tokens=max_tokens_in_flight, max_batch=max_batch, cuda_graphs=cuda_graphs
+    model = in_passing_thread(
+        lambda: TorchStepModel(
+            folder, config, weights, max_tokens=max_tokens_in_flight, max_batch=max_batch, cuda_graphs=cuda_graphs
+        )
     )
     info = EngineInfo("torch", str(chosen), weights.dtype, config.vocab_size, model.max_context, CAPABILITIES)
     # torch counts threads per calling thread: the engine's own thread needs the setting too.
