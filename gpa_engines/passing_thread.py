@@ -1,9 +1,9 @@
 """Heavy calls on a thread that ends with them.
 
 OpenMP gives every thread that runs a parallel region a pool of its own. While all pools together have more threads
-than the machine has cores, libgomp lets none of them spin at a barrier, and each of the hundreds of barriers of a decode
-step costs a sleep and a wake-up: on two cores a step of the int8 model took 21 ms instead of 13. A pool ends with its
-thread, so whatever computes beside an engine's own thread does it on a thread that ends too.
+than the machine has cores, libgomp lets none of them spin at a barrier, and each of the hundreds of barriers of a
+decode step costs a sleep and a wake-up: on two cores a step of the int8 model took 21 ms instead of 13. A pool ends
+with its thread, so whatever computes beside an engine's own thread does it on a thread that ends too.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def build_engine(
         if value < 1:
             raise BackendError(f"{name} is {value}; expected at least 1")
     chosen = choose_device(device)
-    weights = weight_format(choose_dtype(dtype, chosen), chosen)
+    dtype = choose_dtype(dtype, chosen)
     if cuda_graphs and chosen.type != "cuda":
         raise BackendError(f"cuda_graphs needs a CUDA device; the device is {chosen.type!r}")
     config = LMConfig.from_file(folder / "config.json")
@@ -146,10 +146,15 @@ def build_engine(
         torch.set_num_threads(threads)
     model = in_passing_thread(
         lambda: TorchStepModel(
-            folder, config, weights, max_tokens=max_tokens_in_flight, max_batch=max_batch, cuda_graphs=cuda_graphs
+            folder,
+            config,
+            weight_format(dtype, chosen),
+            max_tokens=max_tokens_in_flight,
+            max_batch=max_batch,
+            cuda_graphs=cuda_graphs,
         )
     )
-    info = EngineInfo("torch", str(chosen), weights.dtype, config.vocab_size, model.max_context, CAPABILITIES)
+    info = EngineInfo("torch", str(chosen), dtype, config.vocab_size, model.max_context, CAPABILITIES)
     # torch counts threads per calling thread: the engine's own thread needs the setting too.
     start = None if threads is None else functools.partial(torch.set_num_threads, threads)
     return StepEngine(info, model, prefill_chunk=prefill_chunk, on_start=start)
