@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpa_codecs.config_file import ConfigFile
 from gpa_codecs.errors import CheckpointError
 
 
@@ -30,16 +30,8 @@ class LMConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> LMConfig:
         """Read `config.json`; raises CheckpointError for a missing key or an architecture that is not plain Qwen3."""
-        path = Path(path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror or error}") from error
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
-        return cls.from_dict(values, str(path))
+        config = ConfigFile.read(path)
+        return cls.from_dict(config.values, config.source)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config.json") -> LMConfig:
@@ -61,16 +53,15 @@ class LMConfig:
             "num_key_value_heads",
             "max_position_embeddings",
         )
-        geometry = {name: _positive_int(values, name, source) for name in sizes}
+        config = ConfigFile(source, values)
+        geometry = {name: config.integer(name) for name in sizes}
         heads, groups = geometry["num_attention_heads"], geometry["num_key_value_heads"]
         if heads % groups:
             raise CheckpointError(
                 f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
             )
-        if values.get("head_dim") is None:
-            head_dim = geometry["hidden_size"] // heads
-        else:
-            head_dim = _positive_int(values, "head_dim", source)
+        derived = geometry["hidden_size"] // heads
+        head_dim = derived if values.get("head_dim") is None else config.integer("head_dim")
         return cls(
             **geometry,
             head_dim=head_dim,
@@ -79,13 +70,6 @@ class LMConfig:
             tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
             dtype=str(values.get("dtype") or values.get("torch_dtype") or "float32"),
         )
-
-
-def _positive_int(values: dict[str, Any], name: str, source: str) -> int:
-    value = values.get(name)
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"{source}: {name} is {value!r}; expected a positive integer")
-    return value
 
 
 def _rope_theta(values: dict[str, Any], source: str) -> float:

@@ -19,7 +19,7 @@ import soxr
 from numpy.typing import NDArray
 
 from gpa_codecs.errors import AudioError
-from gpa_codecs.files import write_atomically
+from gpa_codecs.files import why_not_writable, write_all, write_atomically
 
 SAMPLE_RATE = 16000
 """Hz of all audio inside the codecs."""
@@ -143,11 +143,11 @@ def write_wav(target: str | os.PathLike[str] | BinaryIO, waveform: Waveform) -> 
         check_writable(target)
     try:
         if target == "-":
-            _write_all(sys.stdout.buffer, wav.getbuffer())
+            _write_through(sys.stdout.buffer, wav.getbuffer())
         elif isinstance(target, str | os.PathLike):
-            _write_file(Path(target), wav.getvalue())
+            write_atomically(target, wav.getvalue())
         else:
-            _write_all(target, wav.getbuffer())
+            _write_through(target, wav.getbuffer())
     except OSError as error:
         raise AudioError(f"{name}: cannot be written: {error.strerror or error}") from error
 
@@ -160,34 +160,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         if sys.stdout.isatty():
             raise AudioError("standard output is a terminal; pipe the audio into a program or name an output file")
         return
-    try:
-        problem = _problem_with(Path(path))
-    except OSError as error:
-        problem = error.strerror or str(error)
-    if problem:
+    if problem := why_not_writable(path):
         raise AudioError(f"{os.fspath(path)}: cannot be written: {problem}")
-
-
-def _problem_with(path: Path) -> str | None:
-    if "\0" in str(path):
-        return "the name holds a null character"
-    if path.is_dir():
-        return "it is a folder; name a file in it"
-    if path.exists():
-        if not os.access(path, os.W_OK):
-            return "permission denied"
-        if not path.is_file():
-            return None
-        path = Path(os.path.realpath(path))
-    elif path.is_symlink():
-        path = Path(os.path.realpath(path))
-    if not path.parent.exists():
-        return f"the folder {path.parent} does not exist; create it first"
-    if not path.parent.is_dir():
-        return f"{path.parent} is not a folder"
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        return f"no permission to create files in {path.parent}"
-    return None
 
 
 def _name(source: object) -> str:
@@ -321,18 +295,6 @@ def _resample(mono: Samples, rate: int, name: str) -> Samples:
     return resampled
 
 
-def _write_file(path: Path, content: bytes) -> None:
-    """Devices and pipes are written to, files are replaced, links are followed."""
-    if path.exists() and not path.is_file():
-        with path.open("wb") as file:
-            file.write(content)
-    else:
-        write_atomically(Path(os.path.realpath(path)), content)
-
-
-def _write_all(file: BinaryIO, content: memoryview) -> None:
-    """An unbuffered file may take less than it is given."""
-    while content:
-        written = file.write(content)
-        content = content[len(content) if written is None else written :]
+def _write_through(file: BinaryIO, content: memoryview) -> None:
+    write_all(file, content)
     file.flush()

@@ -24,6 +24,9 @@ HOP_LENGTH = 320
 GLM_RATE = 12.5
 """GLM-4-Voice codes per second of audio."""
 
+MINIMUM_LENGTH = 400
+"""Samples at 16 kHz of the shortest clip: the receptive field of wav2vec 2.0."""
+
 VOICE_LENGTH = 32
 """BiCodec global codes that make a voice."""
 
@@ -70,7 +73,7 @@ class Voice:
     def save(self, path: str | Path) -> None:
         """Write the voice as a small JSON file; an existing file is replaced only once the new one is whole."""
         document = {"format": "gpa-voice", "version": 1, "origin": self.origin, "global_codes": list(self.codes)}
-        write_atomically(Path(path), (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomically(path, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Voice:

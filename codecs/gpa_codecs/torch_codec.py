@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gpa_codecs.audio import SAMPLE_RATE, AudioSource, Waveform, load_audio, normalize_volume, reference_clip
 from gpa_codecs.bicodec.config import BiCodecConfig
 from gpa_codecs.bicodec.model import SemanticEncoder, VoiceEncoder, WaveDecoder
-from gpa_codecs.codec import AudioTokens, Codes, Family, Voice
+from gpa_codecs.codec import MINIMUM_LENGTH, AudioTokens, Codes, Family, Voice
 from gpa_codecs.errors import AudioError, BackendError, CheckpointError, TokenError
 from gpa_codecs.features import log_mel_spectrogram, mel_spectrogram, normalize_samples
 from gpa_codecs.glm_tokenizer.config import GlmFeatureConfig, GlmTokenizerConfig
@@ -26,9 +26,6 @@ from gpa_codecs.glm_tokenizer.model import GlmEncoder
 from gpa_codecs.wav2vec2.config import Wav2Vec2Config, check_preprocessor
 from gpa_codecs.wav2vec2.model import Wav2Vec2Features
 from gpa_codecs.weights import load_module
-
-MINIMUM_LENGTH = 400
-"""Samples of the shortest clip: wav2vec 2.0's receptive field."""
 
 WAV2VEC2_FOLDER = "wav2vec2-large-xlsr-53"
 

@@ -35,7 +35,7 @@ class DoctorOptions:
 def doctor(
     model: Annotated[
         str | None,
-        Option("--model", metavar="NAME", envvar=MODEL_VARIABLE, help="Folder, AutoArk-AI/GPA or tiny-random."),
+        Option("--model", metavar="NAME", help=f"Folder, AutoArk-AI/GPA or tiny-random; or set {MODEL_VARIABLE}."),
     ] = None,
     bicodec: Annotated[
         str | None, Option("--bicodec", metavar="DIR", help="BiCodec, if not MODEL/BiCodec.", show_default=False)
@@ -105,12 +105,13 @@ def _show_parts(report: CheckpointReport, console: Console, verbose: bool) -> No
         table.add_row(*map(Text, row))
     console.print()
     console.print(table)
+    console.print()
     for component in report.components:
         details = [f"{key} {value}" for key, value in component.details.items()]
         if verbose and component.key_style:
             details.append(f"names with {component.key_style}")
         if details:
-            _line(console, f"{component.name}: {', '.join(details)}")
+            _line(console, f"{component.name}: ", "bold", ", ".join(details))
 
 
 def _show_tokens(report: CheckpointReport, console: Console, verbose: bool) -> None:
@@ -136,11 +137,14 @@ def _show_findings(report: CheckpointReport, console: Console, verbose: bool) ->
     checked = sum(finding.level != "warning" for finding in report.findings)
     console.print()
     _line(console, f"{passed} of {checked} checks passed")
+    said = set()
     for finding in report.findings:
-        if finding.level == "ok" and not verbose:
+        if finding.text in said or (finding.level == "ok" and not verbose):
             continue
         where = f" ({finding.file})" if finding.level == "ok" else ""
         _line(console, f"{finding.level}: ", styles[finding.level], finding.text + where)
+        if finding.level != "ok":
+            said.add(finding.text)
 
 
 def _show_tasks(report: CheckpointReport, console: Console) -> None:

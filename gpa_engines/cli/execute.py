@@ -33,8 +33,7 @@ CLOSING_TIME = 2.0
 
 def execute(job: Job, narrator: Narrator) -> None:
     """Run a job and write its result. Raises GpaError; whatever is raised, no partial file is left."""
-    for warning in job.warnings:
-        narrator.warn(warning)
+    narrator.warn(job.warnings)
     model_dir = resolve_model(job.model, progress=narrator.say)
     random_weights = is_random_checkpoint(model_dir)
     if random_weights:
@@ -53,9 +52,8 @@ def execute(job: Job, narrator: Narrator) -> None:
     if isinstance(result, Speech):
         result = replace(result, voice=_named(result.voice, job))
         _save_voice(result.voice, job)
-    for warning in result.warnings:
-        narrator.warn(warning)
-    narrator.say(report.summary(result))
+    narrator.warn(result.warnings)
+    narrator.say(report.summary(job, result))
     if job.json:
         document = report.run_report(job, info, model_dir, random_weights, load, result)
         print_json({"event": "result", **document} if job.stream else document, one_line=job.stream)
@@ -99,12 +97,13 @@ def _streamed(model: SpeechModel, job: Job, narrator: Narrator) -> Transcription
 
 
 def _stream_text(stream: SyncStream[TextDelta, Transcription], job: Job, narrator: Narrator) -> Transcription:
-    for delta in stream:
-        narrator.rest()
-        if job.json:
-            print_json({"event": "text", "piece": delta.piece, "text": delta.text}, one_line=True)
-        else:
-            print_line(delta.text, end="")
+    with _closed_on_error(stream):
+        for delta in stream:
+            narrator.rest()
+            if job.json:
+                print_json({"event": "text", "piece": delta.piece, "text": delta.text}, one_line=True)
+            else:
+                print_line(delta.text, end="")
     if not job.json:
         print_line("")
     if job.output is not None:
@@ -114,7 +113,7 @@ def _stream_text(stream: SyncStream[TextDelta, Transcription], job: Job, narrato
 
 def _stream_audio(stream: SyncStream[AudioPiece, Speech], job: Job, narrator: Narrator) -> Speech:
     start = 0.0
-    with audio_stream(_given(job.output)) as sink:
+    with audio_stream(_given(job.output)) as sink, _closed_on_error(stream):
         for piece in stream:
             sink.write(piece.waveform)
             if job.json:
@@ -122,6 +121,16 @@ def _stream_audio(stream: SyncStream[AudioPiece, Speech], job: Job, narrator: Na
                 print_json(_audio_event(piece, start), one_line=True)
             start += piece.waveform.duration
     return stream.result
+
+
+@contextmanager
+def _closed_on_error(stream: SyncStream[Any, Any]) -> Generator[None, None, None]:
+    """A failure to write the stream ends it; Ctrl-C comes while it is at work, and is left to the closing engine."""
+    try:
+        yield
+    except Exception:
+        stream.close()
+        raise
 
 
 def _audio_event(piece: AudioPiece, start: float) -> dict[str, Any]:
@@ -138,7 +147,7 @@ def _audio_event(piece: AudioPiece, start: float) -> dict[str, Any]:
 def _keep_voice(job: Job, model_dir: Path, narrator: Narrator) -> None:
     narrator.stage("reading the voice")
     checkpoint = open_model(model_dir, **job.components, require=("bicodec",))
-    codec = load_codec(checkpoint, job.engine_options.get("device", "cpu"))
+    codec = load_codec(checkpoint, job.engine_options.get("device", "cpu"), job.engine_options.get("threads"))
     assert isinstance(job.speaker, Waveform)
     voice = _named(codec.voice(job.speaker), job)
     narrator.rest()

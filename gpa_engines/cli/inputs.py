@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gpa_codecs.audio import SAMPLE_RATE, Waveform, check_writable, load_audio
-from gpa_codecs.codec import Voice
+from gpa_codecs.codec import MINIMUM_LENGTH, Voice
 from gpa_codecs.errors import AudioError, TokenError
 from gpa_codecs.prompts import Task, check_speakable
 from gpa_engines.cli import usage
@@ -23,9 +23,6 @@ DEFAULT_OUTPUT = Path("gpa-output.wav")
 
 REFERENCE_OUTPUT: dict[Task, str] = {"tts-a": "output_gpa_tts_a.wav", "vc": "output_gpa_vc.wav"}
 """What the reference calls its results in --output_dir."""
-
-SHORTEST_CLIP = 400
-"""Samples at 16 kHz; `SpeechCodec.encode` takes nothing shorter."""
 
 OTHER_FORMATS = {".aac", ".flac", ".m4a", ".mp3", ".ogg", ".opus"}
 """File names that promise something else than the WAV that is written."""
@@ -84,7 +81,7 @@ def check(options: RunOptions) -> Job:
 
 def _existing(name: str, path: str) -> Path:
     if not Path(path).exists():
-        raise UsageError(f"{flag(name)} {path}: there is no such file or folder")
+        raise UsageError(f"{flag(name)}: {path}: there is no such file or folder")
     return Path(path)
 
 
@@ -99,7 +96,9 @@ def _output(options: RunOptions, task: Task | None) -> Path | None:
         return _writable("output_dir", str(folder / REFERENCE_OUTPUT[task]))
     path = _writable("output", options.output or str(DEFAULT_OUTPUT))
     if path is not None and path.suffix.lower() in OTHER_FORMATS:
-        raise UsageError(f"--output {path}: the audio is written as WAV; name the file {path.with_suffix('.wav').name}")
+        raise UsageError(
+            f"--output: {path}: the audio is written as WAV; name the file {path.with_suffix('.wav').name}"
+        )
     return path
 
 
@@ -111,7 +110,7 @@ def _writable(name: str, path: str | None) -> Path | None:
     try:
         check_writable(path)
     except AudioError as error:
-        raise UsageError(f"{flag(name)} {error}") from error
+        raise UsageError(f"{flag(name)}: {error}") from error
     return Path(path)
 
 
@@ -128,12 +127,12 @@ def _clip(name: str, options: RunOptions) -> Waveform:
     try:
         waveform = load_audio(_audio_source(path), channel=channel)
     except AudioError as error:
-        raise AudioError(f"{flag(name)} {error}") from error
+        raise AudioError(f"{flag(name)}: {error}") from error
     samples = len(waveform.pcm)
-    if samples < SHORTEST_CLIP:
+    if samples < MINIMUM_LENGTH:
         raise AudioError(
-            f"{flag(name)} {path} is too short: {samples} samples ({1000 * waveform.duration:.1f} ms) at "
-            f"{SAMPLE_RATE} Hz; expected at least {SHORTEST_CLIP} ({1000 * SHORTEST_CLIP // SAMPLE_RATE} ms)"
+            f"{flag(name)}: {path} is too short: {samples} samples ({1000 * waveform.duration:.1f} ms) at "
+            f"{SAMPLE_RATE} Hz; expected at least {MINIMUM_LENGTH} ({1000 * MINIMUM_LENGTH // SAMPLE_RATE} ms)"
         )
     return waveform
 
@@ -178,7 +177,7 @@ def _content(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        raise UsageError(f"--text-file {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UsageError(f"--text-file: {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _decoded(content: bytes, name: str) -> str:

@@ -93,8 +93,8 @@ class RunOptions:
             "--model",
             panel=_MODEL,
             metavar="NAME",
-            envvar=MODEL_VARIABLE,
-            help="Folder, AutoArk-AI/GPA (downloads it), or tiny-random (noise, for a first try).",
+            help="Folder, AutoArk-AI/GPA (downloads it), or tiny-random (noise, for a first try); "
+            f"or set {MODEL_VARIABLE}.",
         ),
     ] = None
     backend: Annotated[
@@ -189,7 +189,7 @@ class RunOptions:
     auto_ref_transcript: Annotated[bool, _hidden("--auto-ref-transcript")] = False
 
     def given(self) -> set[str]:
-        """Names of the fields that were set on the command line (or, for the model, in the environment)."""
+        """Names of the fields that were set."""
         return {field.name for field in fields(self) if getattr(self, field.name) not in (None, False)}
 
 

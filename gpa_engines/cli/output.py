@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import struct
 import sys
-import tempfile
 import unicodedata
 import wave
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from gpa_codecs.audio import SAMPLE_RATE, Waveform, write_wav
 from gpa_codecs.errors import GpaError
-from gpa_codecs.files import write_atomically
+from gpa_codecs.files import replacing, write_all, write_atomically
 
 UNKNOWN_LENGTH = 0xFFFFFFFF
 """What a WAV header says when the length is not known yet; as ffmpeg writes to a pipe."""
+
+
+STANDARD_OUTPUT = "standard output"
 
 
 class AudioSink(Protocol):
@@ -31,23 +32,18 @@ class AudioSink(Protocol):
 
 def print_line(text: str, end: str = "\n") -> None:
     """Text to standard output at once; on a terminal, control characters from a model cannot act."""
-    sys.stdout.write((_harmless(text) if sys.stdout.isatty() else text) + end)
-    sys.stdout.flush()
+    _print((_harmless(text) if sys.stdout.isatty() else text) + end)
 
 
 def print_json(document: dict[str, Any], *, one_line: bool = False) -> None:
     """A JSON document to standard output at once."""
-    sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=None if one_line else 2) + "\n")
-    sys.stdout.flush()
+    _print(json.dumps(document, ensure_ascii=False, indent=None if one_line else 2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
     """A text file, replaced only once the new one is whole. Raises GpaError naming the file."""
     with named(path):
-        if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
-        else:
-            write_atomically(Path(os.path.realpath(path)), text.encode())
+        write_atomically(path, text.encode())
 
 
 def write_audio(path: Path, waveform: Waveform) -> None:
@@ -55,8 +51,9 @@ def write_audio(path: Path, waveform: Waveform) -> None:
     if str(path) == "-":
         buffer = io.BytesIO()
         write_wav(buffer, waveform)
-        sys.stdout.buffer.write(buffer.getbuffer())
-        sys.stdout.buffer.flush()
+        with named(STANDARD_OUTPUT):
+            sys.stdout.buffer.write(buffer.getbuffer())
+            sys.stdout.buffer.flush()
         return
     with named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,19 +68,19 @@ def audio_stream(path: Path) -> Generator[AudioSink, None, None]:
     output, devices and pipes get a header of unknown length with the first piece.
     """
     if str(path) == "-":
-        yield _Pipe(sys.stdout.buffer, path)
+        yield _Pipe(sys.stdout.buffer, STANDARD_OUTPUT)
     elif path.exists() and not path.is_file():
         with named(path):
-            device = path.open("wb")
+            device = path.open("wb", buffering=0)
         with device:
             yield _Pipe(device, path)
     else:
-        with _growing_file(Path(os.path.realpath(path))) as file:
+        with _growing_file(path) as file:
             yield file
 
 
 class _Pipe:
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    def __init__(self, file: BinaryIO | io.FileIO, path: Path | str) -> None:
         self._file = file
         self._path = path
         self._begun = False
@@ -92,8 +89,8 @@ class _Pipe:
         with named(self._path):
             if not self._begun:
                 self._begun = True
-                self._file.write(_open_header())
-            self._file.write(_samples(piece))
+                write_all(self._file, _open_header())
+            write_all(self._file, _samples(piece))
             self._file.flush()
 
 
@@ -111,21 +108,13 @@ class _File:
 def _growing_file(path: Path) -> Generator[AudioSink, None, None]:
     with named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as raw, wave.open(raw, "wb") as file:
-            file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", "not compressed"))
-            yield _File(file, path)
-            with named(path):
-                file.close()
-                raw.flush()
-                os.fsync(raw.fileno())
+    with ExitStack() as open_files:
         with named(path):
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+            file = open_files.enter_context(wave.open(open_files.enter_context(replacing(path)), "wb"))
+            file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", "not compressed"))
+        yield _File(file, path)
+        with named(path):
+            open_files.close()
 
 
 def _samples(piece: Waveform) -> bytes:
@@ -144,7 +133,7 @@ def _open_header() -> bytes:
 
 
 @contextmanager
-def named(path: Path) -> Generator[None, None, None]:
+def named(path: Path | str) -> Generator[None, None, None]:
     """Failures of the file system, the path in front."""
     try:
         yield
@@ -154,10 +143,10 @@ def named(path: Path) -> Generator[None, None, None]:
         raise GpaError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _print(text: str) -> None:
+    with named(STANDARD_OUTPUT):
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def _harmless(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -13,11 +14,13 @@ from gpa_codecs.codec import SEMANTIC_RATE
 from gpa_codecs.prompts import Task
 from gpa_engines.speech.results import Progress, ProgressCallback
 
+MOST_WARNINGS = 4
+
 WORK: dict[Task, str] = {"stt": "transcribing", "tts-a": "speaking", "vc": "converting"}
 
 
 class Narrator:
-    """Notes and warnings always; stages and figures when standard error is a terminal, or when asked for.
+    """Notes and warnings always; stages and figures when standard error is a terminal, or with `verbose`.
 
     On a terminal the current stage is one line that changes in place; use the narrator in a `with` block, which removes
     that line at the end. In a file or pipe, `verbose` gives one line for each stage.
@@ -52,7 +55,7 @@ class Narrator:
             return
         if not self._console.is_terminal:
             if new:
-                self._console.print(line, soft_wrap=True)
+                self._print("", name)
         elif self._status is None:
             self._status = self._console.status(line)
             self._status.start()
@@ -62,13 +65,19 @@ class Narrator:
     def say(self, line: str) -> None:
         """A line for those who look."""
         if self._talkative:
-            self._print(line)
+            self._print("", line)
 
     def note(self, line: str) -> None:
-        self._print(f"note: {line}")
+        """What the user should know."""
+        self._print("note: ", line)
 
-    def warn(self, line: str) -> None:
-        self._print(f"warning: {line}")
+    def warn(self, lines: Sequence[str]) -> None:
+        """What may be wrong with the result; of many warnings, those of many pieces, the first few."""
+        shown = lines if len(lines) <= MOST_WARNINGS else lines[: MOST_WARNINGS - 1]
+        for line in shown:
+            self._print("warning: ", line, "yellow")
+        if len(lines) > len(shown):
+            self._print("warning: ", f"and {len(lines) - len(shown)} more; --json lists them all", "yellow")
 
     def watch(self, task: Task, result_on_terminal: bool = False) -> ProgressCallback:
         """A callback for the speech model. result_on_terminal: the result is written to this terminal as it comes."""
@@ -92,8 +101,8 @@ class Narrator:
 
         return tell
 
-    def _print(self, line: str) -> None:
-        self._console.print(Text(line), soft_wrap=True)
+    def _print(self, label: str, line: str, style: str = "bold") -> None:
+        self._console.print(Text.assemble((label, style), line), soft_wrap=True)
 
 
 def split_note(task: Task, pieces: int) -> str:

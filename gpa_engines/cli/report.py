@@ -78,8 +78,9 @@ def voice_report(job: Job, model_dir: Path, voice: Voice) -> dict[str, Any]:
     }
 
 
-def summary(result: Transcription | Speech) -> str:
-    """The run in one line."""
+def summary(job: Job, result: Transcription | Speech) -> str:
+    """The run in one line; a greedy run has no use for its seed."""
+    assert job.task is not None
     timings = result.timings
     rate = result.new_tokens / timings.decode if timings.decode else 0.0
     parts = [f"{result.duration:.2f} s of audio", f"{result.new_tokens} tokens"]
@@ -88,7 +89,9 @@ def summary(result: Transcription | Speech) -> str:
     parts.append(f"{timings.total:.2f} s of work")
     if result.duration:
         parts[-1] += f" (rtf {timings.total / result.duration:.2f})"
-    return ", ".join([*parts, f"seed {result.seed}"])
+    if task_sampling(job.task, job.sampling).temperature > 0:
+        parts.append(f"seed {result.seed}")
+    return ", ".join(parts)
 
 
 def versions(backend: str) -> dict[str, str]:

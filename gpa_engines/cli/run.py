@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -23,6 +23,11 @@ from gpa_codecs.errors import GpaError
 from gpa_engines.cli.doctor import DoctorOptions, doctor, examine
 from gpa_engines.cli.options import RunOptions, expand_dash, normalize, signature
 
+COMMAND_LINE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+"""The base of everything that typer says about a command line; which module it lives in depends on typer's version."""
+
+DEFECT = 1
+WRONG_INPUT = 2
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 
@@ -77,6 +82,7 @@ def _run(**options: Any) -> RunOptions:
     return RunOptions(**options)
 
 
+# typer reads the options from here, so that they are declared once, where their values arrive.
 _run.__signature__ = signature()  # pyright: ignore[reportFunctionMemberAccess]
 _run.__annotations__ = {}
 
@@ -86,60 +92,60 @@ app.command(name="doctor")(doctor)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (sys.argv without one) and return the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    verbose = False
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        status = _guarded(arguments)
+    except KeyboardInterrupt:
+        status = _interrupted()
+    _settle_stdout()
+    return status
+
+
+def _guarded(arguments: Sequence[str]) -> int:
+    verbose = False
+    try:
         command = app(arguments or ["--help"], prog_name="gpa-run", standalone_mode=False)
-        if isinstance(command, RunOptions | DoctorOptions):
-            verbose = command.verbose
-            status = _dispatch(command)
-        else:
-            status = int(command or 0)
-        sys.stdout.flush()
-        return status
-    except typer.TyperException as error:
+        if not isinstance(command, RunOptions | DoctorOptions):
+            return int(command or 0)
+        verbose = command.verbose
+        return examine(command) if isinstance(command, DoctorOptions) else _run_or_list(command)
+    except COMMAND_LINE_ERROR as error:
         return _complain(f"{error.format_message().rstrip('.')}; see gpa-run --help")
     except GpaError as error:
         return _complain(str(error), verbose)
-    except KeyboardInterrupt:
-        return _interrupted()
     except BrokenPipeError:
-        # The interpreter flushes standard output once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except Exception as error:
         hint = "" if verbose else " (run with -v for the traceback)"
         _complain(f"unexpected {type(error).__name__}: {error}{hint}", verbose)
-        return 1
+        return DEFECT
 
 
-def _dispatch(command: RunOptions | DoctorOptions) -> int:
-    if isinstance(command, DoctorOptions):
-        return examine(command)
-    if command.version:
+def _run_or_list(options: RunOptions) -> int:
+    if options.version:
         print(f"gpa-engines {gpa_engines.__version__}")
         return 0
-    if command.list_backends:
+    if options.list_backends:
         from gpa_engines.cli.backends import print_backends
 
-        print_backends(command.json)
+        print_backends(options.json)
         return 0
     from gpa_engines.cli.progress import Narrator
 
-    if command.task == "text":
+    if options.task == "text":
         from gpa_engines.cli.text_task import check_text, execute_text
 
-        text_job = check_text(command)
-        with Narrator(command.verbose) as narrator:
+        text_job = check_text(options)
+        with Narrator(options.verbose) as narrator:
             execute_text(text_job, narrator)
         return 0
     from gpa_engines.cli.inputs import check
 
-    job = check(command)
+    job = check(options)
     from gpa_engines.cli.execute import execute
 
-    with Narrator(command.verbose) as narrator:
+    with Narrator(options.verbose) as narrator:
         execute(job, narrator)
     return 0
 
@@ -152,15 +158,26 @@ def _complain(message: str, with_traceback: bool = False) -> int:
         traceback.print_exc()
     console = Console(stderr=True, highlight=False)
     console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
-    return 2
+    return WRONG_INPUT
 
 
 def _interrupted() -> int:
+    """From here on another Ctrl-C kills at once.
+
+    A codec call cannot be cut short, and torch aborts the process if its thread outlives the interpreter: the exit
+    does not wait for either.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    print("interrupted", file=sys.stderr)
-    if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
-        # A codec call that cannot be cut short would hold up the exit.
-        sys.stdout.flush()
-        sys.stderr.flush()
+    print("interrupted", file=sys.stderr, flush=True)
+    if threading.active_count() > 1:
+        _settle_stdout()
         os._exit(INTERRUPTED)
     return INTERRUPTED
+
+
+def _settle_stdout() -> None:
+    """Keep the interpreter from complaining at its end that standard output cannot be flushed; it was said already."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, cast
 
 from gpa_codecs.audio import Channel
@@ -49,7 +50,8 @@ def chosen_task(options: RunOptions) -> Task | None:
 
 
 def require_model(name: str | None) -> str:
-    """The model that was named by option or environment; raises UsageError naming the choices if none was."""
+    """The model that was named by option or else in the environment; raises UsageError if none was."""
+    name = name or os.environ.get(MODEL_VARIABLE)
     if not name:
         raise UsageError(
             f"no model: give --model (or set {MODEL_VARIABLE}) to a checkpoint folder, to the hub id AutoArk-AI/GPA "
@@ -128,6 +130,8 @@ def _refuse_pairs(options: RunOptions, given: set[str]) -> None:
             raise UsageError(f"both {flag(first)} and {flag(second)} were given; {reason}")
     if options.json and options.output == "-":
         raise UsageError("both --json and --output - write to standard output; name an output file")
+    if options.save_voice is not None and options.save_voice == options.output:
+        raise UsageError("--save-voice and --output name the same file; a voice is kept as JSON, not as audio")
     sources = [name for name in ("text", "text_file", "src_audio", "ref_audio") if getattr(options, name) == "-"]
     if len(sources) > 1:
         raise UsageError(f"both {flag(sources[0])} and {flag(sources[1])} read standard input; only one can")

@@ -29,11 +29,14 @@ def load_parts(
     return engine, load_codec(checkpoint, device), space
 
 
-def load_codec(checkpoint: Checkpoint, device: str = "cpu") -> SpeechCodec:
-    """The codec of a checkpoint on a torch device; nothing is read from disk until it is needed."""
+def load_codec(checkpoint: Checkpoint, device: str = "cpu", threads: int | None = None) -> SpeechCodec:
+    """The codec of a checkpoint on a torch device; nothing is read from disk until it is needed.
+
+    threads: torch's, of the whole process; None leaves them alone.
+    """
     from gpa_codecs.torch_codec import TorchCodec
 
-    return TorchCodec(checkpoint.bicodec_dir, checkpoint.glm_dir, device=device)
+    return TorchCodec(checkpoint.bicodec_dir, checkpoint.glm_dir, device=device, threads=threads)
 
 
 def open_model(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
+from weakref import WeakSet
 
 import anyio.to_thread
 
@@ -21,6 +23,9 @@ from gpa_engines.speech.stream import ResultStream
 from gpa_engines.speech.tasks import TASKS, SamplingOverrides
 from gpa_engines.speech.transcription import transcription
 
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
 PARALLEL_PIECES = 4
 """Pieces of one long call that share the engine's batch when nobody listens to the stream."""
 
@@ -36,6 +41,7 @@ class AsyncSpeechModel:
 
     def __init__(self, engine: Engine, codec: SpeechCodec, space: TokenSpace) -> None:
         self._runtime = Runtime(engine, codec, space)
+        self._streams: WeakSet[ResultStream[Any, Any]] = WeakSet()
 
     @classmethod
     async def load(
@@ -79,7 +85,11 @@ class AsyncSpeechModel:
         return self._runtime.space
 
     async def close(self) -> None:
-        """Cancel what runs and free the engine."""
+        """End the streams that were left open, cancel what runs and free the engine. Closing twice is harmless."""
+        for stream in list(self._streams):
+            # A stream that another task is reading cannot be closed from here; the engine's end will reach it.
+            with suppress(RuntimeError):
+                await stream.aclose()
         await self.engine.close()
 
     async def voice(self, audio: AudioSource, *, channel: Channel = "first") -> Voice:
@@ -111,7 +121,7 @@ class AsyncSpeechModel:
         **sampling: Unpack[SamplingOverrides],
     ) -> ResultStream[TextDelta, Transcription]:
         """Text of a clip as it is recognised."""
-        return transcription(self._runtime, audio, channel, sampling, progress, 1)
+        return self._opened(transcription(self._runtime, audio, channel, sampling, progress, 1))
 
     async def synthesize(
         self,
@@ -133,7 +143,7 @@ class AsyncSpeechModel:
         **sampling: Unpack[SamplingOverrides],
     ) -> ResultStream[AudioPiece, Speech]:
         """Speak a text, one group of sentences after the other."""
-        return synthesis(self._runtime, text, voice, sampling, progress, 1)
+        return self._opened(synthesis(self._runtime, text, voice, sampling, progress, 1))
 
     async def convert(
         self,
@@ -157,4 +167,8 @@ class AsyncSpeechModel:
         **sampling: Unpack[SamplingOverrides],
     ) -> ResultStream[AudioPiece, Speech]:
         """Say what a clip says in another voice, part by part."""
-        return conversion(self._runtime, audio, voice, channel, sampling, progress, 1)
+        return self._opened(conversion(self._runtime, audio, voice, channel, sampling, progress, 1))
+
+    def _opened(self, stream: ResultStream[ItemT, ResultT]) -> ResultStream[ItemT, ResultT]:
+        self._streams.add(stream)
+        return stream

@@ -17,6 +17,7 @@ from gpa_codecs.errors import RequestError
 from gpa_codecs.prompts import Task, task_tokens
 from gpa_codecs.vocabulary import TokenSpace
 from gpa_engines.engine import Engine, GenerationRequest, SamplingParams
+from gpa_engines.passing_thread import in_passing_thread
 from gpa_engines.speech.call import Call
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ class Runtime:
 
     async def in_codec(self, function: Callable[[], T]) -> T:
         """Run a blocking codec or audio function off the event loop."""
-        return await anyio.to_thread.run_sync(function, limiter=self._codec_turn)
+        return await anyio.to_thread.run_sync(in_passing_thread, function, limiter=self._codec_turn)
 
     async def encode(self, call: Call, waveform: Waveform, *families: Family) -> AudioTokens:
         """Codes of a loaded clip, its time added to the call."""

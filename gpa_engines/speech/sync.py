@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -62,9 +63,9 @@ class SpeechModel:
 
     def __init__(self, model: AsyncSpeechModel, runner: AbstractContextManager[BlockingPortal], portal: BlockingPortal):
         self._model = model
-        self._runner = runner
         self._portal = portal
-        self._closed = False
+        # Also runs when the model is forgotten or the interpreter exits: the portal would wait for its dead loop then.
+        self._close = weakref.finalize(self, _close, model, runner, portal)
 
     @classmethod
     def load(
@@ -111,16 +112,10 @@ class SpeechModel:
 
     def close(self) -> None:
         """Cancel what runs, free the engine and end the event loop. Closing twice is harmless."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            self._portal.call(self._model.close)
-        finally:
-            self._runner.__exit__(None, None, None)
+        self._close()
 
     def _call(self, function: Callable[[], Awaitable[ResultT]]) -> ResultT:
-        if self._closed:
+        if not self._close.alive:
             raise RequestError("the model is closed; load it again")
         return self._portal.call(function)
 
@@ -202,3 +197,10 @@ class SpeechModel:
         """As AsyncSpeechModel.stream_convert."""
         stream = self._model.stream_convert(audio, voice, channel=channel, progress=progress, **sampling)
         return SyncStream(stream, self._portal)
+
+
+def _close(model: AsyncSpeechModel, runner: AbstractContextManager[BlockingPortal], portal: BlockingPortal) -> None:
+    try:
+        portal.call(model.close)
+    finally:
+        runner.__exit__(None, None, None)

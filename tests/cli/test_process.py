@@ -30,6 +30,16 @@ def endless(tts: tuple[str | Path, ...]) -> tuple[str | Path, ...]:
     return (*tts, "--text-file", "long.txt", "--max-new-tokens", "400", "--min-new-tokens", "400")
 
 
+def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
+    """Start the command as a shell does in the foreground: Ctrl-C is not ignored, whatever started these tests."""
+
+    def heed_ctrl_c() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(*arguments), stdout=pipe, stderr=pipe, preexec_fn=heed_ctrl_c)
+
+
 def interrupt(process: subprocess.Popen[bytes]) -> tuple[bytes, str]:
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=30)
@@ -65,14 +75,15 @@ def test_results_and_messages_go_different_ways(tts) -> None:
 def test_an_error_is_one_line_and_status_2(tts) -> None:
     outcome = run_process(*tts, "--text", "...")
     assert (outcome.status, outcome.stdout) == (2, b"")
-    assert outcome.stderr == "error: --text has nothing to speak: '...'; expected at least one letter or digit\n"
+    assert outcome.stderr == (
+        "error: --text: the text '...' has nothing to speak; expected at least one letter or digit\n"
+    )
 
 
 @pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["whole", "stream"])
 def test_ctrl_c_leaves_no_file(tts, stream: tuple[str, ...]) -> None:
     Path("long.txt").write_text(LONG_TEXT)
-    arguments = command(*endless(tts), "-o", "speech.wav", "-v", *stream)
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with start(*endless(tts), "-o", "speech.wav", "-v", *stream) as process:
         wait_for_line(process, b"speaking")
         if stream:
             wait_for(lambda: list(Path.cwd().glob(".speech.wav.*")))
@@ -87,8 +98,7 @@ def test_ctrl_c_leaves_no_file(tts, stream: tuple[str, ...]) -> None:
 
 
 def test_ctrl_c_while_the_model_is_loading(tts) -> None:
-    arguments = command(*tts, "--text", "Hello.", "-v")
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with start(*tts, "--text", "Hello.", "-v") as process:
         wait_for_line(process, b"loading")
         _, error = interrupt(process)
     assert process.returncode == 130
@@ -98,8 +108,7 @@ def test_ctrl_c_while_the_model_is_loading(tts) -> None:
 
 def test_a_reader_that_goes_away_ends_the_run_quietly(tts) -> None:
     Path("long.txt").write_text(LONG_TEXT)
-    arguments = command(*endless(tts), "-o", "-", "--stream")
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with start(*endless(tts), "-o", "-", "--stream") as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.read(44)[:4] == b"RIFF"
@@ -116,11 +125,16 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tts) -> None:
     for stream in ((), ("--stream",)):
         outcome = run_process(*tts, "--text", "Hello.", "--max-new-tokens", "20", "-o", "/dev/full", *stream)
         assert outcome.status == 2
-        assert "/dev/full: cannot be written: No space left on device" in outcome.stderr
+        assert outcome.stderr.splitlines()[-1] == "error: /dev/full: cannot be written: No space left on device"
+        with open("/dev/full", "wb") as full:
+            arguments = command(*tts, "--text", "Hello.", "--max-new-tokens", "20", "-o", "-", *stream)
+            done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr == "error: standard output: cannot be written: No space left on device\n"
 
 
 def test_a_defect_is_status_1_and_has_a_traceback_only_on_request(tts) -> None:
-    script = "import sys, gpa_engines.cli.execute as e; e.resolve_model = lambda name: 1 / 0; "
+    script = "import sys, gpa_engines.cli.execute as e; e.resolve_model = lambda name, progress: 1 / 0; "
     script += "from gpa_engines.cli.run import main; sys.exit(main(sys.argv[1:]))"
     arguments = [sys.executable, "-c", script, *map(str, tts), "--text", "Hello."]
     short = subprocess.run(arguments, capture_output=True, text=True, check=False)

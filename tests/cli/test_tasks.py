@@ -15,7 +15,8 @@ from gpa_engines.speech import SpeechModel
 from tests.cli.conftest import GpaRun, Outcome
 
 SHORT = ("--max-new-tokens", "20", "--min-new-tokens", "20", "--seed", "7", "--dtype", "float32")
-LONG_TEXT = "The first sentence is here. The second one follows it at once! Does a third one come? It does; it ends."
+SENTENCE = "Here is a sentence that is long enough to fill a piece of its own, for it takes five seconds."
+LONG_TEXT = f"{SENTENCE} {SENTENCE} {SENTENCE}"
 IN_PIECES = ("--max-new-tokens", "120", "--seed", "5", "--text", LONG_TEXT)
 
 
@@ -47,9 +48,9 @@ def model(tiny_checkpoint: Path):
 
 
 def samples(path: Path | str | io.BytesIO) -> np.ndarray:
-    info = soundfile.info(path)
-    assert (info.samplerate, info.channels, info.subtype) == (16000, 1, "PCM_16")
-    return soundfile.read(path, dtype="int16")[0]
+    with soundfile.SoundFile(path) as file:
+        assert (file.samplerate, file.channels, file.subtype) == (16000, 1, "PCM_16")
+        return file.read(dtype="int16")
 
 
 def test_stt_prints_the_text(gpa_run: GpaRun, stt, model: SpeechModel, audio_dir: Path) -> None:
@@ -57,7 +58,7 @@ def test_stt_prints_the_text(gpa_run: GpaRun, stt, model: SpeechModel, audio_dir
     outcome = succeeded(gpa_run(*stt))
     assert outcome.text == text + "\n"
     assert outcome.stderr.splitlines() == [
-        "warning: '0.00-4.00 s' was cut off at max_new_tokens 20 before the model had finished; raise max_new_tokens"
+        "warning: '0.00-1.99 s' was cut off at max_new_tokens 20 before the model had finished; raise max_new_tokens"
     ]
     assert list(Path.cwd().iterdir()) == []
 
@@ -111,6 +112,17 @@ def test_a_failed_run_keeps_an_existing_file(gpa_run: GpaRun, tts) -> None:
         assert [path.name for path in Path.cwd().iterdir()] == ["out.wav"]
 
 
+@pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["whole", "stream"])
+def test_no_speech_is_an_error_and_no_file(gpa_run: GpaRun, tts, stream: tuple[str, ...]) -> None:
+    """Every id is as likely as any other at this temperature, and seed 416 draws the end first."""
+    uniform = ("--temperature", "1e6", "--top-k", "0", "--repetition-penalty", "1", "--min-new-tokens", "0")
+    outcome = gpa_run(*tts, "--text", "Hello.", *uniform, "--seed", "416", *stream)
+    assert outcome.status == 2
+    assert outcome.stdout == b""
+    assert "error: no speech tokens were generated" in outcome.stderr
+    assert list(Path.cwd().iterdir()) == []
+
+
 def test_text_from_a_file_and_from_standard_input(gpa_run: GpaRun, tts, monkeypatch: pytest.MonkeyPatch) -> None:
     succeeded(gpa_run(*tts, "--text", "Schöne Grüße, 你好。", "-o", "argument.wav"))
     Path("text.txt").write_text("Schöne Grüße, 你好。", encoding="utf-8-sig")
@@ -156,8 +168,10 @@ def test_a_channel_is_chosen_for_every_clip(gpa_run: GpaRun, tiny_checkpoint: Pa
 
 
 def test_what_was_split_is_said(gpa_run: GpaRun, tts) -> None:
-    stderr = succeeded(gpa_run(*tts, *IN_PIECES, "--min-new-tokens", "0")).stderr
-    assert "note: the text was split into 3 pieces\n" in stderr
+    outcome = succeeded(gpa_run(*tts, *IN_PIECES, "--min-new-tokens", "0", "--json"))
+    pieces = json.loads(outcome.stdout)["pieces"]
+    assert " ".join(piece["source"] for piece in pieces) == LONG_TEXT
+    assert f"note: the text was split into {len(pieces)} pieces\n" in outcome.stderr
 
 
 @pytest.mark.parametrize("task", ["tts", "vc"])
@@ -214,6 +228,15 @@ def test_a_random_checkpoint_says_that_it_is_one(gpa_run: GpaRun, stt, tiny_chec
     note = "note: this checkpoint's weights are random; the output is noise\n"
     assert note in succeeded(gpa_run(*stt, "--model", tiny_checkpoint_copy)).stderr
     assert note not in gpa_run(*stt).stderr
+
+
+def test_many_warnings_are_summed_up(gpa_run: GpaRun, tts) -> None:
+    outcome = succeeded(gpa_run(*tts, "--text", " ".join([SENTENCE] * 4), "--json"))
+    warnings = json.loads(outcome.stdout)["warnings"]
+    lines = outcome.stderr.splitlines()[1:]
+    assert len(warnings) > 4
+    assert lines[:3] == [f"warning: {warning}" for warning in warnings[:3]]
+    assert lines[3:] == [f"warning: and {len(warnings) - 3} more; --json lists them all"]
 
 
 def test_verbose_tells_the_stages_and_the_figures(gpa_run: GpaRun, tts) -> None:

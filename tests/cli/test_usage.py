@@ -30,6 +30,7 @@ REFUSED = {
     "vc with text": ((*VC, "--text", "x"), "--text means nothing with --task vc"),
     "two outputs": ((*TTS, "--output", "o.wav", "--output_dir", "d"), "both --output and --output-dir"),
     "json and audio on stdout": ((*TTS, "--json", "--output", "-"), "both --json and --output -"),
+    "voice and audio in one file": ((*TTS, "-o", "x", "--save-voice", "x"), "name the same file"),
     "stdin twice": (("--task", "vc", "--model", "m", "--src-audio", "-", "--ref-audio", "-"), "standard input"),
     "voice of nothing": (("--save-voice", "v.json", "--model", "m"), "--save-voice keeps the voice of a clip"),
     "voice kept from a voice": ((*TTS[:6], "--voice", "v", "--save-voice", "w"), "give --ref-audio CLIP"),
@@ -50,10 +51,10 @@ REFUSED = {
     "seed": ((*TTS, "--seed", "-5"), "seed is -5; expected"),
     "threads": ((*TTS, "--threads", "0"), "--threads is 0; expected at least 1"),
     "cache": ((*TTS, "--max-tokens-in-flight", "0"), "--max-tokens-in-flight is 0; expected at least 1"),
-    "missing component": ((*TTS, "--bicodec", "nowhere"), "--bicodec nowhere: there is no such file or folder"),
+    "missing component": ((*TTS, "--bicodec", "nowhere"), "--bicodec: nowhere: there is no such file or folder"),
     "unknown option": ((*TTS, "--loud"), "No such option: --loud"),
     "option without value": ((*TTS, "--seed"), "--seed"),
-    "unknown command": (("docter",), "No such command 'docter'. Did you mean 'doctor'?"),
+    "unknown command": (("docter",), "No such command 'docter'"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +41,8 @@ def test_the_document_names_its_format_and_what_the_figures_depend_on(run: tuple
     assert (values["format"], values["version"]) == ("gpa-bench-engine", 1)
     assert values["machine"]["cores"] >= 1
     assert values["machine"]["packages"]["torch"]
-    assert len(values["checkpoint"]["files"]["model.safetensors"]["sha256"]) == 64
+    assert values["checkpoint"]["lm_bytes"] > 0
+    assert all(len(digest) == 64 for digest in values["checkpoint"]["sha256"].values())
     assert values["settings"]["workload"]["batches"] == [1, 2]
 
 
@@ -138,6 +140,14 @@ def test_a_contender_that_fails_leaves_the_others_and_their_jobs_running(
         assert 0 < job["peak_rss_loaded"] <= job["peak_rss"]
 
 
+def test_the_language_model_alone_can_be_measured(tiny_checkpoint_copy: Path) -> None:
+    shutil.rmtree(tiny_checkpoint_copy / "BiCodec")
+    shutil.rmtree(tiny_checkpoint_copy / "glm-4-voice-tokenizer")
+    alone = ["engine", "--model", str(tiny_checkpoint_copy), *SMALL, "--head", "restricted"]
+    assert cli.main([*alone, "--no-codec", "--logit-positions", "0"]) == 0
+    assert cli.main(alone) == cli.MISUSE
+
+
 def test_a_child_that_takes_too_long_is_ended_and_reported(
     tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,7 +169,7 @@ def test_a_child_that_takes_too_long_is_ended_and_reported(
         (["--threads", "0"], "threads is 0"),
         (["--timeout", "0"], "timeout is 0"),
         (["--head", "half"], "head is 'half'"),
-        (["--json", "no/such/folder/result.json"], "there is no folder"),
+        (["--json", "no/such/folder/result.json"], "does not exist"),
         (["--repeats", "many"], "--repeats"),
     ],
 )
@@ -187,20 +197,26 @@ def test_a_missing_yardstick_says_how_to_install_it(
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-def test_ctrl_c_ends_the_children_and_writes_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, cli.INTERRUPTED), (signal.SIGTERM, cli.TERMINATED)])
+def test_signals_end_the_children_and_nothing_is_written(
+    tiny_checkpoint: Path, tmp_path: Path, sent: signal.Signals, status: int
+) -> None:
     target = tmp_path / "result.json"
     command = [sys.executable, "-m", "gpa_conformance.bench.cli", "engine", "--model", str(tiny_checkpoint), *SMALL]
-    marked = os.environ | {"GPA_BENCH_TEST": str(tmp_path)}
+    marked = os.environ | {"GPA_BENCH_TEST": str(tmp_path), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
-        [*command, "-v", "--repeats", "100000", "--json", str(target)], env=marked, stderr=subprocess.PIPE, text=True
+        [*command, "-v", "--no-codec", "--repeats", "100000", "--json", str(target)],
+        env=marked,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stderr is not None
     assert any(line.startswith("round 2") for line in process.stderr)
     assert len(processes_with(str(tmp_path))) == 2
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == cli.INTERRUPTED
-    assert "interrupted" in errors
+    assert process.returncode == status
+    assert "Traceback" not in errors
     assert processes_with(str(tmp_path)) == []
     assert list(tmp_path.iterdir()) == []
 

@@ -51,7 +51,9 @@ def test_what_is_not_gpa_is_refused_by_key(values: dict[str, Any], change: dict[
         LMConfig.from_dict(values | change)
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[]", "expected a JSON object, found list")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "cannot be parsed"), ("[]", "expected keys and values, found list")]
+)
 def test_a_damaged_file_is_named(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(content)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from gpa_codecs.errors import CheckpointError
-from gpa_engines.backends.torch import attention, linear, model
+from gpa_engines.backends.torch import attention, cuda_graphs, linear, model
 from gpa_engines.backends.torch.engine import TorchStepModel
 from gpa_engines.backends.torch.kv_cache import KVCache
 from gpa_engines.step_model import CandidateSet, StepRow
@@ -132,6 +132,21 @@ def test_the_padded_plan_of_accelerators_gives_the_row_plans_result(
     for place in (0, 1):
         ours = np.concatenate([step[place] for step in both if step[place] is not None])
         assert relative_l2(ours, reference) < 1.2e-6
+
+
+def test_rows_added_to_fill_a_fixed_shape_change_nothing(tiny_checkpoint: Path, ids: list[int]) -> None:
+    step_model = load_model(tiny_checkpoint)
+    slots = [slot for slot in (step_model.allocate(40) for _ in range(3)) if slot is not None]
+    for count, slot in enumerate(slots):
+        step_model.step([StepRow(slot, ids[: 10 + count], 0)])
+    spans = [attention.Span(step_model.cache.offset(slot), 10 + count, 1) for count, slot in enumerate(slots)]
+    inputs = cuda_graphs.pad_decode(step_model.cache, ids[20:23], spans)
+    assert [tuple(tensor.shape) for tensor in inputs.tensors] == [(4,), (4,), (4, 1, 1, 1, 256), (1024,), (4,)]
+    with torch.inference_mode():
+        padded = step_model.model.forward(inputs.ids, inputs.positions, inputs.plan)[:3]
+        rows = attention.RowPlan(step_model.cache, spans, 3)
+        plain = step_model.model.forward(inputs.ids[:3], inputs.positions[:3], rows)
+    assert relative_l2(padded.numpy(), plain.numpy()) < 1e-6
 
 
 def test_rotation_is_the_same_by_real_and_by_complex_products() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import subprocess
+import sys
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
@@ -245,6 +247,19 @@ def test_a_checkpoint_needs_only_what_its_tasks_read(tiny_checkpoint_copy: Path)
         assert speaker.synthesize("Hello.", clip, seed=1, max_new_tokens=10).duration > 0
     with pytest.raises(CheckpointError, match="wav2vec2-large-xlsr-53"):
         SpeechModel.load(tiny_checkpoint_copy, tasks=["tts-a", "vc"])
+
+
+def test_a_script_that_does_not_close_its_model_ends(tiny_checkpoint: Path) -> None:
+    script = (
+        "import sys; from gpa_engines import SpeechModel; from gpa_codecs.codec import Voice\n"
+        "model = SpeechModel.load(sys.argv[1]); voice = Voice((0,) * 32)\n"
+        "stream = model.stream_synthesize('One. Two.', voice, seed=1, max_new_tokens=20); next(stream)\n"
+        "print(model.synthesize('Hello.', voice, seed=1, max_new_tokens=5).duration)"
+    )
+    command = [sys.executable, "-c", script, str(tiny_checkpoint)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert float(result.stdout) > 0
+    assert result.stderr == ""
 
 
 def test_closing_twice_is_harmless(tiny_checkpoint: Path) -> None:

@@ -18,7 +18,7 @@ from gpa_conformance.bench.process import Child, ChildFailed
 from gpa_conformance.bench.rounds import Progress, Record, run_rounds
 from gpa_conformance.bench.workload import ContenderSpec, Workload, yardstick_dtype
 from gpa_conformance.bench.yardstick import NAME, require_yardstick
-from gpa_engines.checkpoint import Checkpoint
+from gpa_engines.checkpoint import PARTS, Checkpoint, Part
 from gpa_engines.registry import BACKENDS, backend_status, require_backend
 from gpa_engines.speech.loading import open_model
 
@@ -55,6 +55,11 @@ class Settings:
     def yardstick_workload(self) -> Workload:
         """The yardstick has no restricted head, and runs only the batches that were asked of it."""
         return replace(self.workload, batches=self.vs_batches, heads=("full",))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What the checkpoint must hold."""
+        return PARTS if self.codec or self.jobs else ("lm", "tokenizer")
 
     @property
     def codec_device(self) -> str:
@@ -124,11 +129,11 @@ def run_benchmark(settings: Settings, progress: Progress) -> Result:
     child is ended.
     """
     settings.check()
-    checkpoint = open_model(settings.model)
+    checkpoint = open_model(settings.model, require=settings.parts)
     settings.workload.check_context(checkpoint.config.max_position_embeddings)
     created, meter = datetime.now(UTC).isoformat(timespec="seconds"), LoadMeter.start()
     progress("fingerprint of the checkpoint")
-    facts = checkpoint_facts(checkpoint.root)
+    facts = checkpoint_facts(checkpoint)
     notes: list[str] = []
     records = _race(settings, checkpoint, notes, progress)
     stages = [_stage(settings, checkpoint, stage, progress) for stage in STAGES] if settings.codec else []
@@ -221,7 +226,12 @@ def _is_reference(record: Record) -> bool:
 
 def _stage(settings: Settings, checkpoint: Checkpoint, stage: Stage, progress: Progress) -> StageResult:
     progress(f"codec: {stage}")
-    values = {"model": str(checkpoint.root), "stage": stage, "device": settings.codec_device}
+    values = {
+        "model": str(checkpoint.root),
+        "stage": stage,
+        "device": settings.codec_device,
+        "threads": settings.threads,
+    }
     try:
         with _child(settings, "codec", values) as child:
             cold = child.ask("cold")
@@ -257,6 +267,15 @@ def _memory_is_short() -> bool:
     return available is not None and total is not None and available < 0.1 * total
 
 
+def _contention(threads: int, foreign_cores: float) -> str:
+    """What others cost. OpenMP threads that wait for one that is not running make every parallel step a time slice
+    long, which hits a program with many small steps many times harder than one with few: not even ratios survive."""
+    busy = f"other programs kept {foreign_cores:.1f} of {usable_cores()} cores busy during the run"
+    if threads > 1 and threads + foreign_cores > usable_cores() + BUSY_CORES:
+        return f"{busy}: {threads} threads did not have a core each, so neither rates nor ratios count; run it alone"
+    return f"{busy}: rates are low, ratios roughly hold"
+
+
 def _note_conditions(
     settings: Settings, records: Sequence[Record], foreign_cores: float | None, notes: list[str]
 ) -> None:
@@ -264,7 +283,7 @@ def _note_conditions(
     if settings.threads > usable_cores():
         notes.append(f"{settings.threads} threads on {usable_cores()} usable cores")
     if foreign_cores is not None and foreign_cores > BUSY_CORES:
-        notes.append(f"other programs kept {foreign_cores:.1f} cores busy during the run: ratios hold, rates are low")
+        notes.append(_contention(settings.threads, foreign_cores))
     for record in records:
         others = sum(s.wall_s for other in records if other is not record for s in other.samples)
         if record.idle_cpu_s > IDLE_SHARE * others > 0:

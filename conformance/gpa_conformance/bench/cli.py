@@ -1,4 +1,5 @@
-"""`gpa-bench`: exit status 0 when everything was measured, 1 when something failed, 2 for misuse, 130 for Ctrl-C."""
+"""`gpa-bench`: exit status 0 when everything was measured, 1 when something failed, 2 for misuse, 130 for
+Ctrl-C, 143 for SIGTERM."""
 
 from __future__ import annotations
 
@@ -6,19 +7,22 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
 
 from gpa_codecs.errors import GpaError
 from gpa_conformance.bench import task_commands
-from gpa_conformance.bench.console import StepLine, check_target, complain, write_report
+from gpa_conformance.bench.console import StepLine, check_target, complain, terminable, write_report
 
 FAILED, MISUSE, INTERRUPTED = 1, 2, 130
 
 PLAIN_WIDTH = 160
 """Columns of a table that goes into a file or pipe."""
+
+COMMAND_LINE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+"""The base of everything that typer says about a command line; which module it lives in depends on typer's version."""
 
 app = typer.Typer(
     name="gpa-bench",
@@ -77,7 +81,7 @@ def engine(
     )
     if json_file is not None:
         check_target("--json", json_file)
-    with StepLine(verbose) as progress:
+    with terminable(), StepLine(verbose) as progress:
         result = run_benchmark(settings, progress)
     values = document(result)
     if json_file is not None:
@@ -98,8 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = app(arguments, prog_name="gpa-bench", standalone_mode=False)
-    except typer.TyperException as error:
-        complain(f"{error.format_message().rstrip('.')}; see gpa-bench --help")
+    except COMMAND_LINE_ERROR as error:
+        # Without a command there is no message: the help has been shown.
+        if message := error.format_message().rstrip("."):
+            complain(f"{message}; see gpa-bench --help")
         return MISUSE
     except GpaError as error:
         if {"-v", "--verbose"} & set(arguments):

@@ -27,9 +27,9 @@ CLIP_SECONDS = 6.0
 class CodecStage:
     """One stage in this process. Its parts load at the first call, as they do for a user."""
 
-    def __init__(self, model: str, stage: Stage, device: str) -> None:
+    def __init__(self, model: str, stage: Stage, device: str, threads: int) -> None:
         started = time.perf_counter()
-        self._codec = load_codec(Checkpoint.open(model), device)
+        self._codec = load_codec(Checkpoint.open(model), device, threads)
         self._open_s = time.perf_counter() - started
         self._call = _stage_call(stage, self._codec)
 

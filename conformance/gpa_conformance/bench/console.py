@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import signal
+import sys
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,10 @@ from rich.console import Console
 from rich.text import Text
 
 from gpa_codecs.errors import GpaError
+from gpa_codecs.files import why_not_writable, write_atomically
+
+TERMINATED = 143
+"""Exit status after SIGTERM."""
 
 
 class StepLine:
@@ -37,23 +45,29 @@ class StepLine:
             self._console.print(step, soft_wrap=True)
 
 
+@contextmanager
+def terminable() -> Generator[None, None, None]:
+    """SIGTERM unwinds like Ctrl-C, so that children and temporary files go too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def check_target(option: str, path: Path) -> None:
     """Say before the work starts that a report could not be written."""
-    folder = path.resolve().parent
-    if path.is_dir():
-        raise GpaError(f"{option} {path} is a folder; name a file")
-    if not folder.is_dir():
-        raise GpaError(f"{option} {path}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK):
-        raise GpaError(f"{option} {path}: folder {folder} cannot be written to")
+    if problem := why_not_writable(path):
+        raise GpaError(f"{option} {path}: cannot be written: {problem}")
 
 
 def write_report(option: str, path: Path, content: bytes) -> None:
     """Write a report whole or not at all; raises GpaError naming option and file."""
-    from gpa_codecs.files import write_atomically
-
     try:
-        write_atomically(path.resolve(), content)
+        write_atomically(path, content)
     except OSError as error:
         raise GpaError(f"{option} {path}: cannot be written: {error.strerror or error}") from error
 

@@ -23,8 +23,8 @@ from gpa_engines.registry import backend_options, create_engine, require_backend
 
 T = TypeVar("T")
 
-WARM_UP_ATTEMPTS = 6
-"""Doublings of the answer's length before a batch that never decodes together is given up."""
+DECODE_ATTEMPTS = 6
+"""Doublings of the answers' length before a batch that never decodes together is given up."""
 
 
 class Generator(Protocol):
@@ -150,31 +150,26 @@ class Contender:
         self._prefill(0)
         for batch in self._workload.batches:
             first, *others = self._workload.heads
-            self._leads[batch] = self._find_lead(Measurement("decode", batch, first))
+            self._leads[batch] = lead(self._traces(Measurement("decode", batch, first), 0))
             for head in others:
                 self._traces(Measurement("decode", batch, head), 0, prompt_tokens=1)
         return {"leads": [self._leads[batch] for batch in self._workload.batches]}
 
-    def _find_lead(self, measurement: Measurement) -> int:
-        if measurement.batch == 1:
-            self._traces(measurement, 0)
-            return 0
-        extra = 0
-        for _ in range(WARM_UP_ATTEMPTS):
-            traces = self._traces(measurement, 0, extra=extra)
-            ahead = lead(traces)
-            if ahead < self._workload.new_tokens + extra:
-                return ahead
-            extra += self._workload.new_tokens + extra
-        raise RequestError(f"{measurement.batch} requests never decode at once: raise --new-tokens")
-
     def measure(self, kind: Literal["prefill", "decode"], batch: int, head: Head, seed: int) -> dict[str, Any]:
         """One sample of one measurement."""
-        if kind == "prefill":
-            timed = self._prefill(seed)
-        else:
-            timed = decode_rate(self._traces(Measurement(kind, batch, head), seed, extra=self._leads[batch]))
+        timed = self._prefill(seed) if kind == "prefill" else self._decode(Measurement(kind, batch, head), seed)
         return timed.as_dict() | {"peak_rss": peak_rss()}
+
+    def _decode(self, measurement: Measurement, seed: int) -> Timed:
+        """The rate of a batch; answers that were too short to overlap are asked for again, longer from then on."""
+        for _ in range(DECODE_ATTEMPTS):
+            extra = self._leads[measurement.batch]
+            traces = self._traces(measurement, seed, extra=extra)
+            timed = decode_rate(traces)
+            if timed is not None:
+                return timed
+            self._leads[measurement.batch] = max(lead(traces), 2 * extra + self._workload.new_tokens)
+        raise RequestError(f"{measurement.batch} requests never decode all at once: raise --new-tokens")
 
     def _prefill(self, seed: int) -> Timed:
         """From submission to the first token of one prompt."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import resource
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from gpa_engines.checkpoint import Checkpoint
 
 PACKAGES = ("gpa-engines", "numpy", "torch", "transformers", "safetensors", "tokenizers")
 
@@ -42,10 +43,13 @@ def memory(field: str) -> int | None:
     return None
 
 
-def checkpoint_facts(root: Path) -> dict[str, Any]:
-    """Path, and size and SHA-256 of the language model's files; reading them also warms the page cache for all."""
-    files = sorted([*root.glob("*.safetensors"), root / "config.json", root / "tokenizer.json"])
-    return {"path": str(root), "files": {file.name: _file_facts(file) for file in files if file.is_file()}}
+def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Path, size of the language model's weights, and SHA-256 of every file; reading them also warms the page cache."""
+    return {
+        "path": str(checkpoint.root),
+        "lm_bytes": sum(file.stat().st_size for file in checkpoint.root.glob("*.safetensors")),
+        "sha256": checkpoint.fingerprint(),
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +85,6 @@ def _busy_seconds() -> float | None:
 def _own_seconds() -> float:
     usages = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def _file_facts(file: Path) -> dict[str, Any]:
-    with file.open("rb") as content:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
 def _cpu_model() -> str:

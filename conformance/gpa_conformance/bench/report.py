@@ -8,7 +8,7 @@ Seconds, bytes and tokens throughout; a *spread* is {"median", "min", "max", "co
                        new_tokens, batches, heads, repeats, logit_positions}, vs, vs_batches, codec, jobs, timeout
     machine            cpu, cores, usable_cores, memory, system, python, packages {name: version or null},
                        foreign_cores: cores that other programs kept busy during the run, on average
-    checkpoint         path, files {name: {bytes, sha256}} of the language model
+    checkpoint         path, lm_bytes: size of the language model's weights, sha256 {file: hash}
     contenders         a list, the yardsticks first:
         name, kind     "torch/int8"; "engine" or "transformers"
         backend, dtype, device, threads         as asked for

@@ -107,7 +107,7 @@ def _jobs(jobs: list[dict[str, Any]]) -> Table:
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", show_lines=False)
+    table = Table(title=title, title_justify="left", show_lines=False, title_style="bold")
     table.add_column(first)
     for column in columns:
         table.add_column(column, justify="right")

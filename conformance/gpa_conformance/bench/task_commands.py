@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from gpa_conformance.bench.console import StepLine, check_target, complain, write_report
+from gpa_conformance.bench.console import StepLine, check_target, complain, terminable, write_report
 
 if TYPE_CHECKING:
     from gpa_conformance.bench.conditions import Conditions, EngineChoice, Outcome
@@ -168,7 +168,7 @@ def _run(
 
     for path in files.values():
         check_target("--output", path)
-    with StepLine(verbose) as progress:
+    with terminable(), StepLine(verbose) as progress:
         outcome = task(Conditions.begin(choice, progress), progress)
     for part, path in files.items():
         write_report("--output", path, encode(outcome.document[part] if part else outcome.document))

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpa_codecs.errors import RequestError
-
 
 @dataclass(slots=True)
 class Trace:
@@ -51,13 +49,13 @@ class Timed:
         return {"tokens": self.tokens, "wall_s": self.wall_s, "cpu_s": self.cpu_s, "tokens_per_s": self.tokens_per_s}
 
 
-def decode_rate(traces: list[Trace]) -> Timed:
+def decode_rate(traces: list[Trace]) -> Timed | None:
     """Tokens per second while all requests were decoding.
 
     The window opens when the last request has its first token and closes when the first request has its last one; each
     request's rate is taken between its own first and last delta inside it, and the rates are added. With one request
     that is (tokens - 1) / (last - first). Prefill is outside, however an engine interleaves it.
-    Raises RequestError when there is no such window.
+    None where there is no such window.
     """
     opened = max(trace.wall[0] for trace in traces)
     closed = min(trace.wall[-1] for trace in traces)
@@ -65,7 +63,7 @@ def decode_rate(traces: list[Trace]) -> Timed:
     for trace in traces:
         inside = [index for index, moment in enumerate(trace.wall) if opened <= moment <= closed]
         if len(inside) < 2:
-            raise RequestError("the requests never all decoded at once: raise --new-tokens or lower --prompt-tokens")
+            return None
         made = sum(trace.counts[index] for index in inside[1:])
         tokens += made
         rate += made / (trace.wall[inside[-1]] - trace.wall[inside[0]])

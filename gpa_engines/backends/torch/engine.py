@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from gpa_codecs.errors import BackendError
 from gpa_engines.backends.torch.attention import AttentionPlan, PaddedPlan, RowPlan, Span
+from gpa_engines.backends.torch.cuda_graphs import CudaGraphs
 from gpa_engines.backends.torch.device import choose_device, choose_dtype
 from gpa_engines.backends.torch.head import Head
 from gpa_engines.backends.torch.kv_cache import KVCache
@@ -21,6 +22,7 @@ from gpa_engines.backends.torch.memory import device_memory
 from gpa_engines.backends.torch.model import Qwen3
 from gpa_engines.engine import EngineInfo
 from gpa_engines.lm_config import LMConfig
+from gpa_engines.passing_thread import in_passing_thread
 from gpa_engines.step_engine import StepEngine
 from gpa_engines.step_model import StepRow
 
@@ -31,7 +33,14 @@ class TorchStepModel:
     """A :class:`~gpa_engines.step_model.StepModel` in torch."""
 
     def __init__(
-        self, folder: Path, config: LMConfig, weights: WeightFormat, *, max_tokens: int, max_batch: int
+        self,
+        folder: Path,
+        config: LMConfig,
+        weights: WeightFormat,
+        *,
+        max_tokens: int,
+        max_batch: int,
+        cuda_graphs: bool = False,
     ) -> None:
         self.vocab_size = config.vocab_size
         self.max_context = config.max_position_embeddings
@@ -48,6 +57,7 @@ class TorchStepModel:
             weights.compute,
             weights.device,
         )
+        self.graphs = CudaGraphs(self.model, self.cache) if cuda_graphs else None
 
     def allocate(self, tokens: int) -> int | None:
         return self.cache.allocate(tokens)
@@ -75,8 +85,10 @@ class TorchStepModel:
 
     def _forward(self, rows: Sequence[StepRow], wide: bool) -> list[NDArray[np.float32] | None]:
         ids = [token for row in rows for token in row.ids]
-        positions = [at for row in rows for at in range(row.start, row.start + len(row.ids))]
         spans = [Span(self.cache.offset(row.slot), row.start, len(row.ids)) for row in rows]
+        if self.graphs is not None and len(ids) == len(rows):
+            return self._logits(rows, self.graphs.forward(ids, spans), wide)
+        positions = [at for row in rows for at in range(row.start, row.start + len(row.ids))]
         padding = max(0, self.format.min_rows - len(ids))
         device = self.format.device
         hidden = self.model.forward(
@@ -127,14 +139,23 @@ def build_engine(
         if value < 1:
             raise BackendError(f"{name} is {value}; expected at least 1")
     chosen = choose_device(device)
-    weights = weight_format(choose_dtype(dtype, chosen), chosen)
+    dtype = choose_dtype(dtype, chosen)
     if cuda_graphs and chosen.type != "cuda":
         raise BackendError(f"cuda_graphs needs a CUDA device; the device is {chosen.type!r}")
     config = LMConfig.from_file(folder / "config.json")
     if threads is not None:
         torch.set_num_threads(threads)
-    model = TorchStepModel(folder, config, weights, max_tokens=max_tokens_in_flight, max_batch=max_batch)
-    info = EngineInfo("torch", str(chosen), weights.dtype, config.vocab_size, model.max_context, CAPABILITIES)
+    model = in_passing_thread(
+        lambda: TorchStepModel(
+            folder,
+            config,
+            weight_format(dtype, chosen),
+            max_tokens=max_tokens_in_flight,
+            max_batch=max_batch,
+            cuda_graphs=cuda_graphs,
+        )
+    )
+    info = EngineInfo("torch", str(chosen), dtype, config.vocab_size, model.max_context, CAPABILITIES)
     # torch counts threads per calling thread: the engine's own thread needs the setting too.
     start = None if threads is None else functools.partial(torch.set_num_threads, threads)
     return StepEngine(info, model, prefill_chunk=prefill_chunk, on_start=start, memory_meter=device_memory(chosen))
