@@ -114,7 +114,7 @@ class Server:
             raise wire.EngineFault(f"logits gave {type(logits.flat[0]).__name__}; expected float32[T, V]")
         if positions is not None:
             if len(logits.shape) != 2 or len(logits) != len(ids):
-                raise wire.EngineFault(f"the logits of {len(ids)} ids are {logits.dtype}{list(logits.shape)}")
+                raise wire.WrongShape(wire.describe_shape(ids, logits))
             logits = logits[positions]
         path = self._folder / f"logits-{number}.npy"
         try:

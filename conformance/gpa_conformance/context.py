@@ -15,15 +15,12 @@ from gpa_conformance.baseline import Baseline
 from gpa_conformance.cases import Case
 from gpa_conformance.limits import DtypeLimits, Limits
 from gpa_conformance.prompts import Prompt
+from gpa_conformance.wire import WrongShape, describe_shape
 from gpa_engines.engine import Capability, Engine
 
 
 class Skip(Exception):
     """The case cannot run on this engine or checkpoint; the message says what is missing."""
-
-
-class WrongShape(Exception):
-    """The engine's logits are not float32[T, V]; the message says what they are."""
 
 
 @runtime_checkable
@@ -78,7 +75,7 @@ class Context:
             rows = await self.engine.logits(ids)
             expected = (len(ids), self.engine.info.vocab_size)
         if rows.shape != expected or rows.dtype != np.float32:
-            raise WrongShape(f"the logits of {len(ids)} ids are {rows.dtype}{list(rows.shape)}; expected float32[T, V]")
+            raise WrongShape(describe_shape(ids, rows))
         return rows if isinstance(self.engine, GivesRows) else rows[wanted]
 
     async def last_row(self, ids: Sequence[int]) -> NDArray[np.float32]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import builtins
 import json
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from numpy.typing import NDArray
+
 from gpa_codecs import errors
-from gpa_codecs.errors import GpaError
 from gpa_engines.engine import EngineInfo, GenerationRequest, GenerationUsage, SamplingParams, TokenDelta
 
 LENGTH = 4
@@ -24,6 +25,15 @@ LENGTH = 4
 
 class EngineFault(Exception):
     """An engine in another process raised something that this process has no type for, or broke the contract."""
+
+
+class WrongShape(EngineFault):
+    """The engine's logits are not float32[T, V]; the message says what they are."""
+
+
+def describe_shape(ids: Sequence[int], logits: NDArray[Any]) -> str:
+    """What is wrong with logits that are not float32[T, V]."""
+    return f"the logits of {len(ids)} ids are {logits.dtype}{list(logits.shape)}; expected float32[T, V]"
 
 
 def pack(message: Mapping[str, Any]) -> bytes:
@@ -98,9 +108,10 @@ def error_to_wire(error: BaseException) -> dict[str, Any]:
 def error_from_wire(message: Mapping[str, Any]) -> Exception:
     """The same type with the same message where this process knows the type; a note holds the child's traceback."""
     name, text = message["type"], message["message"]
-    kind = getattr(errors, name, None) or getattr(builtins, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, (GpaError, Exception))):
-        error: Exception = EngineFault(text if name == EngineFault.__name__ else f"{name}: {text}")
+    own = {each.__name__: each for each in (EngineFault, WrongShape)}
+    kind = own.get(name) or getattr(errors, name, None) or getattr(builtins, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, Exception)):
+        error: Exception = EngineFault(f"{name}: {text}")
     else:
         try:
             error = kind(text)

@@ -22,9 +22,9 @@ OpenEngine = Callable[[Path], Engine | Awaitable[Engine]]
 """Opens the reference engine on a folder of language model files."""
 
 LOGITS_BYTES = 2**29
-MOST_PROMPTS = 128
 LEAST_PROMPTS = 4
-"""As many prompts as give so many bytes of logits, within these bounds: small models need more, as they round alike."""
+"""As many prompts as the case asks for, but of no more bytes of logits unless they are so few: a large model's hidden
+state averages its rounding over more dimensions and needs fewer."""
 
 
 def unchanged(checkpoint: Checkpoint, change: Mapping[str, float]) -> str | None:
@@ -47,7 +47,7 @@ async def mistake_arrays(
 ) -> dict[str, NDArray[Any]]:
     """ids int64[n, L]; columns int64[S], evenly spread ids; logits and direction float32[n, L, S] at these columns."""
     vocab_size, length = engine.info.vocab_size, case.spec["length"]
-    count = min(max(LOGITS_BYTES // (length * vocab_size * 4), LEAST_PROMPTS), MOST_PROMPTS)
+    count = min(max(LOGITS_BYTES // (length * vocab_size * 4), LEAST_PROMPTS), case.spec["most_prompts"])
     ids = np.array([spread_ids(length, case.spec["seed"] + number, vocab_size) for number in range(count)], np.int64)
     kept = min(vocab_size, 2 * checkpoint.config.hidden_size)
     columns = (np.arange(kept) * 2 + 1) * vocab_size // (2 * kept)

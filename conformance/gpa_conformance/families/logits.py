@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from gpa_conformance.cases import Case
-from gpa_conformance.context import Context, WrongShape
+from gpa_conformance.context import Context
 from gpa_conformance.diagnosis import diagnose
 from gpa_conformance.families import suspects
 from gpa_conformance.families.findings import CONTRACT, Findings
 from gpa_conformance.metrics import LogitsComparison, LogitsMetrics
 from gpa_conformance.reference_rows import FullRows
 from gpa_conformance.results import CaseResult
+from gpa_conformance.wire import WrongShape
 
 BLOCK = 32
 """Rows that are compared at a time."""

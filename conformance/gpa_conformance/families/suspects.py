@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from gpa_conformance.baseline import SuspectReference
 from gpa_conformance.cases import Case
-from gpa_conformance.context import Context, Skip, WrongShape
+from gpa_conformance.context import Context, Skip
 from gpa_conformance.families.findings import CONTRACT, Findings
 from gpa_conformance.results import CaseResult
+from gpa_conformance.wire import WrongShape
 
 HALF = 0.5
 """Between 0 and 1: the coefficient from which a mistake is more likely than none."""
