@@ -125,19 +125,16 @@ def show_value(metric: str, value: float) -> str:
 
 
 def number(value: float) -> str:
-    """At most four significant digits; "NaN" and "∞" as such."""
+    """Four significant digits, more where a share just below 1 or 100 % would be rounded up to it."""
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
-    # Shares just below 1 and percentages just below 100 must not be rounded up to them.
-    for digits in range(4, 17):
-        text = f"{value:.{digits}g}"
-        if float(text) != round(value) or value == round(value):
-            return text
-    return repr(value)
+    return next(
+        text for digits in range(4, 18) if float(text := f"{value:.{digits}g}") not in (1, 100) or float(text) == value
+    )
 
 
 def count(amount: int, thing: str) -> str:

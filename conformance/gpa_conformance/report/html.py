@@ -28,6 +28,11 @@ from gpa_conformance.report.facts import (
 from gpa_conformance.report.markup import Column, Html, element, facts, figure, join, page, section, state, table
 from gpa_conformance.results import CaseResult, RunReport
 
+TOLD = ("known-failure", "unexpected-pass")
+"""States besides failures that a reader must hear of."""
+
+MOST_REASONS = 3
+
 
 def render(report: RunReport) -> str:
     """The page."""
@@ -95,13 +100,23 @@ def _cell(case: CaseResult) -> Html:
 
 
 def _failures(report: RunReport) -> list[Html]:
+    """Per family the first reasons, the others folded away."""
     parts = []
-    for case in report.cases:
-        if case.failed or case.status in ("known-failure", "unexpected-pass"):
-            link = element("a", case.case, href=f"#{_anchor(case)}")
-            parts.append(element("h3", join([state(case.status), link, element("span", case.title, "quiet")], " ")))
-            parts.append(element("p", case.reason or "no reason was given", "reason"))
+    for family, cases in report.families.items():
+        told = [_failure(case) for case in cases if case.failed or case.status in TOLD]
+        if not told:
+            continue
+        parts += [element("h3", family), *told[:MOST_REASONS]]
+        if rest := told[MOST_REASONS:]:
+            more = element("summary", f"{len(rest)} more of {family}")
+            parts.append(element("details", join([more, element("div", join(rest), "body")])))
     return parts
+
+
+def _failure(case: CaseResult) -> Html:
+    link = element("a", case.case, href=f"#{_anchor(case)}")
+    head = element("p", join([state(case.status), link, element("span", case.title, "quiet")], " "))
+    return element("div", join([head, element("p", case.reason or "no reason was given", "reason")]), "failure")
 
 
 def _plots(report: RunReport) -> Html:
@@ -147,9 +162,8 @@ def _ascend(report: RunReport) -> list[Html]:
             continue
         total = ascend.total(found)
         columns = [Column(name, number=index in (1, 2, 3, 4)) for index, name in enumerate(ascend.COLUMNS)]
-        rows = [row.cells() for row in (*found, total)]
-        marks = ["" if row.verdict == "PASS" else "missed" for row in found] + ["total"]
-        parts.append(table(f"{words[0].upper()}{words[1:]}", columns, rows, marks))
+        rows = [(*row.cells()[:-1], _word(row.verdict)) for row in (*found, total)]
+        parts.append(table(f"{words[0].upper()}{words[1:]}", columns, rows, [*("" for _ in found), "total"]))
         lines = element("ul", join(element("li", line, "mono") for line in ascend.verdicts(total)))
         parts.append(element("p", f"{ascend.TITLE}, {words}:"))
         parts.append(lines)
@@ -157,6 +171,10 @@ def _ascend(report: RunReport) -> list[Html]:
         note = "These limits know no dtype and decide nothing here; those of the dtype, above, do."
         parts.append(element("p", note, "small quiet"))
     return parts
+
+
+def _word(word: str) -> Html:
+    return element("span", word, "state passed" if word == "PASS" else "state failed")
 
 
 def _cases(report: RunReport) -> list[Html]:

@@ -38,7 +38,7 @@ def errors_by_position(report: RunReport) -> Plot | None:
     if not cases:
         return None
     values = [value for case in cases for value in case.series["rel_l2"]]
-    end = max(_positions(case)[-1] for case in cases)
+    end = max(1.0, *(_positions(case)[-1] for case in cases))
     x = (
         Axis.decades("position in the prompt", [1, end], 1, 1e6)
         if end > 1000
@@ -58,6 +58,8 @@ def errors_by_position(report: RunReport) -> Plot | None:
     _draw_limit(chart, cases, "rel_l2_max", "rel_l2")
     failed = [case.case for case in cases if case.failed]
     caption = f"rel-L2 of the logits, one line per prompt ({len(cases)}); {told}."
+    if not all(map(math.isfinite, values)):
+        caption += " A dot at the upper edge is NaN or infinite."
     return Plot(title, caption + _failed_words(failed), chart.render("errors"))
 
 

@@ -144,7 +144,8 @@ class Chart:
         for value, label in self.x.ticks():
             x = self._x(value)
             parts.append(f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 4}"/>')
-            parts.append(f'<text x="{x:.1f}" y="{floor + 18}" text-anchor="middle">{label}</text>')
+            anchor = "end" if x > end - 12 else "middle"
+            parts.append(f'<text x="{x:.1f}" y="{floor + 18}" text-anchor="{anchor}">{label}</text>')
         middle = (TOP + floor) / 2
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{end}" y1="{floor}" y2="{floor}"/>')
         x_place = f'x="{(LEFT + end) / 2}" y="{self.height - 8}"'
