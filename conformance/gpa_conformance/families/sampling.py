@@ -4,19 +4,21 @@ Every answer is replayed by the shared sampler over the engine's own prefill log
 that gives the distribution p from which the next id should have come. With U uniform, F(id before) + U p(id) is then
 uniform on [0, 1] and independent from step to step (Rosenblatt 1952, randomised for discrete draws), so that all draws
 of all steps can be tested together although no two come from the same distribution. Ids are ranked by falling
-probability, so that a wrong temperature or a missing filter tilts the bins. Using the engine's own logits, not the
-baseline's, keeps the rounding of a small dtype, which the family "logits" judges, out of this test. Where the engine
-gives no logits, first tokens are tested against the baseline's.
+probability, so that a wrong temperature or a missing filter tilts the bins; and a second time with the ids that the
+answer holds already before all others, so that a generator that starts anew at every step shows. Using the engine's own
+logits, not the baseline's, keeps the rounding of a small dtype, which the family "logits" judges, out of this test.
+Where the engine gives no logits, first tokens are tested against the baseline's.
 
-Per case: a chi-square test of those values, one of the first tokens of many seeds where the case asks for it, and a
-test of the mean log-probability. Each case may use its share of the declared significance (Bonferroni), and within a
-case Holm's correction is used.
+Per case: a chi-square test of either value, tests of the mean log-probability and of how often ids of the prompt and of
+the answer come again, and a chi-square test of the first tokens of many seeds where the case asks for it. Each case may
+use its share of the declared significance (Bonferroni), and within a case Holm's correction is used.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +27,7 @@ from gpa_conformance.cases import Case
 from gpa_conformance.context import Context, Skip
 from gpa_conformance.families.answers import answers, faults, fitting
 from gpa_conformance.families.findings import Findings
-from gpa_conformance.prompts import Prompt
+from gpa_conformance.prompts import Prompt, spread_ids
 from gpa_conformance.reference_rows import FullRows
 from gpa_conformance.results import CaseResult
 from gpa_conformance.statistics import chi_square, holm
@@ -37,7 +39,27 @@ STEPS = 64
 
 BINS = 20
 
-Values = list[tuple[float, float]]
+ENOUGH = 25.0
+"""Variance of a count from which the normal distribution describes it well."""
+
+Term = tuple[float, float]
+"""A value less its expectation, and its variance."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    """One id against the distribution that it should have come from.
+
+    rank, use: uniform in [0, 1] under the rule, with ids in the order of falling probability, or with those that the
+    answer holds already first. surprise: of its log-probability. of_prompt, of_answer: of whether it is one of theirs;
+    an id of both counts for the prompt.
+    """
+
+    rank: float
+    use: float
+    surprise: Term
+    of_prompt: Term
+    of_answer: Term
 
 
 async def run(context: Context, case: Case) -> CaseResult:
@@ -47,6 +69,9 @@ async def run(context: Context, case: Case) -> CaseResult:
     found = Findings(case)
     tests: dict[str, float] = {}
     for name, prompt in context.prompts(case).items():
+        if "among" in case.spec:
+            context.need("allowed")
+            prompt = _among(prompt, case.spec["among"], context.engine.info.vocab_size)
         if "logits" in context.engine.info.capabilities:
             steps = STEPS if case.kind == "draws" else 2
             await _test_answers(context, case, found, prompt, name, steps, tests)
@@ -84,8 +109,7 @@ async def _test_answers(
     given = await answers(context.engine, requests)
     found.count(f"stream_faults of {name}", faults(given))
     random = np.random.default_rng(case.spec["seed"] + context.seed)
-    uniform: list[float] = []
-    surprise: Values = []
+    draws: list[_Draw] = []
     impossible: list[str] = []
     prefixes: dict[tuple[int, ...], NDArray[np.float32]] = {}
     for wanted, each in zip(requests, given, strict=True):
@@ -95,19 +119,21 @@ async def _test_answers(
             continue
         replay = _Replay(wanted, context.limits["regret_max"].value)
         for row, token in zip(rows, each.ids, strict=True):
-            position, log_probability, entropy, variance = replay.step(row, token, random)
-            if math.isnan(position):
+            draw = replay.step(row, token, random)
+            if draw is None:
                 impossible.append(f"{name}: id {token} was drawn at step {replay.done - 1}, which the rule excludes")
             else:
-                uniform.append(position)
-                surprise.append((log_probability + entropy, variance))
-    found.metrics.update({f"draws of {name}": float(len(uniform))})
+                draws.append(draw)
+    found.metrics.update({f"draws of {name}": float(len(draws))})
     found.count(f"impossible_draws of {name}", impossible, "the one sampling rule")
-    if uniform:
-        counts = np.histogram(uniform, BINS, (0, 1))[0]
-        found.plot({"draws_by_rank": counts.astype(float).tolist()})
-        tests[f"rank of {name}"] = chi_square(counts, np.full(BINS, 1 / BINS)).p_value
-        tests[f"log-probability of {name}"] = _mean_test(surprise)
+    if draws:
+        for what, values in (("rank", [draw.rank for draw in draws]), ("use", [draw.use for draw in draws])):
+            counts = np.histogram(values, BINS, (0, 1))[0]
+            found.plot({f"draws_by_{what}": counts.astype(float).tolist()})
+            tests[f"{what} of {name}"] = chi_square(counts, np.full(BINS, 1 / BINS)).p_value
+        tests[f"log-probability of {name}"] = _mean_test([draw.surprise for draw in draws])
+        tests[f"repeats of the prompt of {name}"] = _mean_test([draw.of_prompt for draw in draws], ENOUGH)
+        tests[f"repeats of the answer of {name}"] = _mean_test([draw.of_answer for draw in draws], ENOUGH)
 
 
 async def _test_firsts(
@@ -178,27 +204,31 @@ class _Replay:
         self._slack = slack
         self._drawn: list[int] = []
 
-    def step(
-        self, row: NDArray[np.float32], token: int, random: np.random.Generator
-    ) -> tuple[float, float, float, float]:
-        """(value in [0, 1], log-probability, entropy, variance of the log-probability); NaN for an excluded id."""
+    def step(self, row: NDArray[np.float32], token: int, random: np.random.Generator) -> _Draw | None:
+        """Judge the next id; None for one that the rule excludes."""
         sampler = _sampler(self._wanted, self._drawn)
+        used = self._drawn[:]
         self.done += 1
         self._drawn.append(token)
         ids, probabilities = sampler.distribution(_of(row, sampler))
-        order = np.lexsort((ids, -probabilities))
-        ids, probabilities = ids[order], probabilities[order]
         logs = np.log(probabilities)
         entropy = -float((probabilities * logs).sum())
-        variance = float((probabilities * np.square(logs + entropy)).sum())
-        at = np.flatnonzero(ids == token)
-        if len(at):
-            before = float(probabilities[: at[0]].sum())
-            position = min(before + random.random() * float(probabilities[at[0]]), 1.0)
-            return position, float(logs[at[0]]), entropy, variance
-        if self._at_the_edge(row, token, ids):
-            return 1.0 - random.random() * float(probabilities[-1]), float(logs[-1]), entropy, variance
-        return math.nan, math.nan, entropy, variance
+        by_rank = np.lexsort((ids, -probabilities))
+        by_use = np.lexsort((ids, ~np.isin(ids, used)))
+        if not (ids == token).any():
+            if not self._at_the_edge(row, token, ids):
+                return None
+            token = int(ids[by_rank[-1]])
+        share = random.random()
+        rank, use = (_value(ids[order], probabilities[order], token, share) for order in (by_rank, by_use))
+        in_prompt = np.isin(ids, self._wanted.prompt_ids)
+        return _Draw(
+            rank,
+            use,
+            (float(logs[ids == token][0]) + entropy, float((probabilities * np.square(logs + entropy)).sum())),
+            _hit(probabilities, in_prompt, ids == token),
+            _hit(probabilities, np.isin(ids, used) & ~in_prompt, ids == token),
+        )
 
     def _at_the_edge(self, row: NDArray[np.float32], token: int, kept: NDArray[np.int64]) -> bool:
         """Whether rounding may have put a token on the other side of a filter."""
@@ -207,6 +237,23 @@ class _Replay:
             return False
         penalty = self._wanted.sampling.repetition_penalty
         return float(row[kept].min() - row[token]) <= 2 * self._slack * max(1.0, penalty)
+
+
+def _value(ids: NDArray[np.int64], probabilities: NDArray[np.float64], token: int, share: float) -> float:
+    """The sum of what stands before a token and of a share of its own probability."""
+    at = int(np.flatnonzero(ids == token)[0])
+    return min(float(probabilities[:at].sum() + share * probabilities[at]), 1.0)
+
+
+def _hit(probabilities: NDArray[np.float64], among: NDArray[np.bool_], drawn: NDArray[np.bool_]) -> Term:
+    mass = float(probabilities[among].sum())
+    return float((among & drawn).any()) - mass, max(0.0, mass * (1 - mass))
+
+
+def _among(prompt: Prompt, others: int, vocab_size: int) -> Prompt:
+    """The same prompt twice over, continued by its own ids and some others only."""
+    ids = sorted({*prompt.ids, *spread_ids(others, 1, vocab_size)})
+    return replace(prompt, ids=prompt.ids * 2, allowed=tuple(range(token, token + 1) for token in ids))
 
 
 def _sampler(wanted: GenerationRequest, drawn: Sequence[int] = ()) -> Sampler:
@@ -218,10 +265,10 @@ def _of(row: NDArray[np.float32], sampler: Sampler) -> NDArray[np.float32]:
     return row if sampler.candidate_ids is None else row[sampler.candidate_ids]
 
 
-def _mean_test(surprise: Values) -> float:
-    """Two-sided p-value of the mean log-probability being minus the entropy: normal, as the terms are many."""
-    total, variance = (float(sum(values)) for values in zip(*surprise, strict=True))
-    return math.erfc(abs(total) / math.sqrt(2 * variance)) if variance > 0 else 1.0
+def _mean_test(terms: Sequence[Term], enough: float = 0.0) -> float:
+    """Two-sided p-value of the sum being 0: normal, as the terms are many; 1 for a variance up to `enough`."""
+    total, variance = (float(sum(values)) for values in zip(*terms, strict=True))
+    return math.erfc(abs(total) / math.sqrt(2 * variance)) if variance > enough else 1.0
 
 
 def _baseline_row(context: Context, case: Case, name: str) -> NDArray[np.float32]:
