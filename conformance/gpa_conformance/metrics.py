@@ -170,7 +170,7 @@ class LogitsComparison:
             self._positions.append(position)
             self._non_finite.append(bad)
             self._rows.append(self._row(reference, index, x) if not bad else dict(_WRONG))
-            if isinstance(reference, FullRows):
+            if isinstance(reference, FullRows) and not bad:
                 self._neighbours(position, reference.logits[index].astype(np.float64), x)
 
     def result(self) -> LogitsMetrics:

@@ -56,7 +56,7 @@ def test_every_limit_says_where_it_comes_from(limits: Limits) -> None:
 
 def test_a_coarser_dtype_never_has_a_tighter_limit(limits: Limits) -> None:
     """Rather than trust the file's figures: whatever float16 may do, bfloat16 may do too, and so on."""
-    ladder = ("float32", "float16", "bfloat16", "q6_k", "q5_k_m", "q4_k_m", "mlx-4bit")
+    ladder = ("float32", "float16", "bfloat16", "q6_k", "q5_k_m", "q4_k_m")
     for finer, coarser in pairwise(ladder):
         for metric, limit in limits.for_dtype(finer).limits.items():
             if limit.relation == "<=":
