@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,67 @@ def raising(model_dir: Path) -> Engine:
 
 def chatty(model_dir: Path) -> Engine:
     return Chatty(load(model_dir))
+
+
+class AtOneId(Wrapper):
+    """Misbehaves only where logits of a single id are asked for."""
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+        async with aclosing(self.engine.generate(request)) as inner:
+            async for delta in inner:
+                yield delta
+
+    async def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        if len(ids) == 1:
+            await self.misbehave()
+        return await self.engine.logits(ids)
+
+
+def aborting_at_one_id(model_dir: Path) -> Engine:
+    return type("AbortingAtOneId", (AtOneId,), {"misbehave": Aborting.misbehave})(load(model_dir))
+
+
+def hanging_at_one_id(model_dir: Path) -> Engine:
+    return type("HangingAtOneId", (AtOneId,), {"misbehave": Hanging.misbehave})(load(model_dir))
+
+
+def waiting_at_one_id(model_dir: Path) -> Engine:
+    return type("WaitingAtOneId", (AtOneId,), {"misbehave": Waiting.misbehave})(load(model_dir))
+
+
+def raising_at_one_id(model_dir: Path) -> Engine:
+    return type("RaisingAtOneId", (AtOneId,), {"misbehave": Raising.misbehave})(load(model_dir))
+
+
+class AlwaysExiting(Wrapper):
+    async def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        os._exit(7)
+
+
+def exiting_always(model_dir: Path) -> Engine:
+    return AlwaysExiting(load(model_dir))
+
+
+class StrangeDtype(Wrapper):
+    @property
+    def info(self) -> EngineInfo:
+        return replace(self.engine.info, dtype="posit16")
+
+
+def strange_dtype(model_dir: Path) -> Engine:
+    return StrangeDtype(load(model_dir))
+
+
+class Bare(Wrapper):
+    """Says that it can do nothing but generate."""
+
+    @property
+    def info(self) -> EngineInfo:
+        return replace(self.engine.info, capabilities=frozenset())
+
+
+def bare(model_dir: Path) -> Engine:
+    return Bare(load(model_dir))
 
 
 class Padded(Wrapper):
