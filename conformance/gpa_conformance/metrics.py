@@ -133,7 +133,7 @@ UNRESTRICTED = -1.0
 def merge(parts: Iterable[LogitsMetrics]) -> LogitsMetrics:
     """The comparisons of several prompts as one."""
     parts = list(parts)
-    inexact = {name: how for part in parts for name, how in part.inexact.items()}
+    inexact: dict[str, Exactness] = {name: how for part in parts for name, how in part.inexact.items()}
     if not parts:
         return LogitsComparison(None).result()
     return LogitsMetrics(

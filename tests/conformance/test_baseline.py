@@ -307,7 +307,9 @@ def test_an_empty_folder_is_filled(checkpoint: Checkpoint, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, asyncio.CancelledError, RuntimeError])
-def test_an_interrupted_baseline_leaves_nothing(checkpoint: Checkpoint, tmp_path: Path, stop: type) -> None:
+def test_an_interrupted_baseline_leaves_nothing(
+    checkpoint: Checkpoint, tmp_path: Path, stop: type[BaseException]
+) -> None:
     def interrupt(what: str, done: int, total: int) -> None:
         if what == "logits/ascend-2":
             raise stop

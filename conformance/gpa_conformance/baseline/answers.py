@@ -120,7 +120,7 @@ def top_arrays(rows: TopRows) -> dict[str, NDArray]:
             f"{prefix}_ids": part.ids.astype(np.int32),
             f"{prefix}_logits": part.logits,
             f"{prefix}_log_normaliser": part.log_normaliser,
-            f"{prefix}_count": np.int64(part.count),
+            f"{prefix}_count": np.asarray(part.count, np.int64),
             f"{prefix}_sample_ids": part.sample_ids.astype(np.int32),
             f"{prefix}_sample": part.sample,
         }
