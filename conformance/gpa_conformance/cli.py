@@ -153,7 +153,8 @@ def make_baseline_folder(
         )
     recorded, omitted = done.document["cases"], done.document["omitted"]
     console = _stdout()
-    console.print(f"{out}: {len(recorded)} cases of {checkpoint.root.resolve().name}", soft_wrap=True)
+    amount = "1 case" if len(recorded) == 1 else f"{len(recorded)} cases"
+    console.print(f"{out}: {amount} of {checkpoint.root.resolve().name}", soft_wrap=True)
     if omitted:
         why = f"; {reason}" if open_codec is None else ""
         console.print(
