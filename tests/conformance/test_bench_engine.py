@@ -197,7 +197,7 @@ def test_a_missing_yardstick_says_how_to_install_it(
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, console.INTERRUPTED), (signal.SIGTERM, console.TERMINATED)])
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, cli.INTERRUPTED), (signal.SIGTERM, console.TERMINATED)])
 def test_signals_end_the_children_and_nothing_is_written(
     tiny_checkpoint: Path, tmp_path: Path, sent: signal.Signals, status: int
 ) -> None:
