@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,12 @@ import numpy as np
 import pytest
 
 DATA = Path(__file__).parent / "data"
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the processes that tests start: what a shell runs in the background ignores it, children too."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -31,13 +31,7 @@ def endless(tts: tuple[str | Path, ...]) -> tuple[str | Path, ...]:
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
-    """Start the command as a shell does in the foreground: Ctrl-C is not ignored, whatever started these tests."""
-
-    def heed_ctrl_c() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command(*arguments), stdout=pipe, stderr=pipe, preexec_fn=heed_ctrl_c)
+    return subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def interrupt(process: subprocess.Popen[bytes]) -> tuple[bytes, str]:
