@@ -99,8 +99,8 @@ class OneNaN(Altered):
         return rows
 
 
-class NormalisedRows(Altered):
-    """Only what `logits` gives: float64."""
+class DoubleRows(Altered):
+    """Logits in float64."""
 
     async def logits(self, ids: Sequence[int]) -> NDArray[Any]:
         return (await self.engine.logits(ids)).astype(np.float64)

@@ -31,6 +31,7 @@ def test_faulty_model_is_caught(suite: Suite, fault: Fault, dtype: str) -> None:
     expect_caught(report, fault)
 
 
+@pytest.mark.slow
 def test_cancel_that_does_nothing_is_caught(suite: Suite) -> None:
     """It takes long, because what is cancelled runs on; the dtype plays no part."""
     fault = Fault("cancel_does_nothing", "contract/cancel", "seconds_of_cancelling", "still run")
@@ -61,11 +62,6 @@ def test_report_tells_scale_shift_and_normalisation_apart(suite: Suite, dtype: s
     assert shifted.metrics["offset_mean"] == pytest.approx(3, abs=0.01)
     assert shifted.metrics["scale_max"] == pytest.approx(1, abs=0.03)
     assert shifted.metrics["kl_max"] <= 5e-4
-    assert {"scale", "offset", "log-prob"} == {
-        name
-        for name, case in (("scale", scaled), ("offset", shifted), ("log-prob", normalised))
-        if f"{name}" in case.reason
-    }
     for words, case in (("the reference's times", scaled), ("plus a constant", shifted), ("log-prob", normalised)):
         assert [words in other.reason for other in (scaled, shifted, normalised)].count(True) == 1, words
         assert words in case.reason

@@ -11,7 +11,7 @@ FAULTS = [
     Fault("FirstIdDoubled", "logits/ascend-1", "rel_l2"),
     Fault("SpecialIdStripped", "logits/tts-english", "rel_l2", "a seam between chunks or blocks, an id that is lost"),
     Fault("OneNaN", "logits/ascend-1,contract/vocabulary", "non_finite", "the first at 5"),
-    Fault("NormalisedRows", "contract/vocabulary,logits/ascend-1", "wrong_shape", "expected float32"),
+    Fault("DoubleRows", "contract/vocabulary,logits/ascend-1", "wrong_shape", "expected float32"),
     Fault("LastRowOnly", "contract/vocabulary,logits/ascend-1", "wrong_shape", "expected float32[T, V]"),
     Fault("AllowedIgnored", "contract/allowed,generate/tts", "stream_faults", "is not allowed"),
     Fault("AllowedReachesFurther", "contract/allowed", "stream_faults", "is not allowed"),
