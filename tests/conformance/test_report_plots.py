@@ -10,7 +10,7 @@ import pytest
 
 from gpa_conformance.report import plots
 from gpa_conformance.report.svg import Axis, Chart
-from gpa_conformance.results import CaseResult, RunReport
+from gpa_conformance.results import CaseResult, RunReport, make_check
 from tests.conformance.sample_reports import sample_report
 
 KINDS = (plots.errors_by_position, plots.kl_histogram, plots.margin_against_regret, plots.limits_used)
@@ -81,6 +81,30 @@ def test_draws_of_sampling_are_bars() -> None:
     plot = plots.case_plot(case, "name")
     assert plot is not None
     assert len(marks(plot.svg, "bar")) == 3
+
+
+@pytest.mark.parametrize(
+    "series",
+    [{"prefix": [1.0, 16.0, 40.0], "prefix_rel_l2": [0.0, 1e-7, math.nan]}, {"decode_regret": [0.0, 0.5, math.inf]}],
+    ids=["prefixes", "decoding"],
+)
+def test_plots_of_the_cache_have_a_dot_per_value(series: dict[str, list[float]]) -> None:
+    case = CaseResult("cache/x", "cache", "a case", "passed", series=series)
+    plot = plots.case_plot(case, "name")
+    assert plot is not None
+    assert len(marks(plot.svg, "dot")) == 3
+    assert len(marks(plot.svg, "bad")) == 1
+    assert "1 not finite" in plot.caption
+
+
+def test_the_share_of_limits_has_a_dot_per_check_in_the_row_of_its_metric() -> None:
+    checks = tuple(make_check("rel_l2", value, "<=", 0.03, "here") for value in (0.01, 0.06))
+    case = CaseResult("logits/x", "logits", "a case", "failed", checks=checks)
+    plot = plots.limits_used(replace(sample_report(), cases=(case,)))
+    assert plot is not None
+    assert len(marks(plot.svg, "dot")) == 2
+    assert len(marks(plot.svg, "bad")) == 1
+    assert ">rel_l2<" in plot.svg
 
 
 def test_text_in_a_chart_is_text() -> None:

@@ -87,7 +87,8 @@ def verdict(report: RunReport) -> Verdict:
 
 def decisive(case: CaseResult) -> Check | None:
     """The check that decided the case: the failed one furthest beyond its limit, else the one nearest to its limit."""
-    return max(case.failed_checks or case.checks, key=used, default=None)
+    # Of figures that use as much, a measured one says more than a count of nothing.
+    return max(case.failed_checks or case.checks, key=lambda check: (used(check), check.relation != "=="), default=None)
 
 
 def used(check: Check) -> float:

@@ -67,7 +67,7 @@ def _verdict(report: RunReport) -> Html:
     notes = [element("li", note) for note in outcome.notes]
     parts = [
         element("strong", f"{'✓' if outcome.passed else '✗'} {outcome.sentence}."),
-        element("p", f"Proof: {proof(report)}."),
+        element("p", f"{proof(report).capitalize()}."),
         element("ul", join(notes)) if notes else "",
     ]
     return element("div", join(filter(None, parts)), "verdict" if outcome.passed else "verdict failed", role="status")

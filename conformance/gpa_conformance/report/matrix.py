@@ -55,10 +55,11 @@ class Matrix:
     def worst(self, run: int, metric: str) -> str:
         """The worst value of a limited metric and its limit, marked where it is beyond."""
         found = [each for each in limited(self.reports[run]) if each.worst.metric == metric]
-        return "; ".join(
+        shown = (
             f"{'' if each.worst.passed else '✗ '}{show_value(metric, each.worst.value)} ({show_limit(each.worst)})"
             for each in found
         )
+        return "; ".join(dict.fromkeys(shown))
 
 
 def build(reports: Sequence[RunReport]) -> Matrix:

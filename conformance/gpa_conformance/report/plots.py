@@ -23,6 +23,9 @@ LEAST_SHARE = 1e-3
 
 BINS_PER_DECADE = 3
 
+ROW = 20
+"""Height of a row of dots."""
+
 
 class Plot(NamedTuple):
     """title, caption: plain text."""
@@ -152,11 +155,11 @@ def limits_used(report: RunReport) -> Plot | None:
     title = "Room under the limits"
     beyond = sum(share > 1 for share in shares)
     told = f"{count(len(shares), 'figure')} of {count(len(rows), 'limit')}; {beyond} beyond"
-    height = 70 + 30 * len(rows)
-    chart = Chart(title, f"{told}.", x, Axis("", 0, len(rows), bare=True), max(height, 270))
+    y_axis = Axis("", 0, len(rows), bare=True)
+    chart = Chart(title, f"{told}.", x, y_axis, max(62 + ROW * len(rows), 180), left=150)
     for index, (metric, row) in enumerate(rows.items()):
-        y = len(rows) - index - 0.72
-        chart.note(x.low, y + 0.3, f" {metric}")
+        y = len(rows) - index - 0.5
+        chart.row_name(y, metric)
         for share, case, check in row:
             shown = x.high if math.isinf(share) else share
             chart.point(shown, y, "" if check.passed else "bad", f"{case.case}: {show_check(check)}")
@@ -178,12 +181,13 @@ def case_plot(case: CaseResult, name: str) -> Plot | None:
         return Plot("Error by position", f"rel-L2; {_range_words(series['rel_l2'], 'rel_l2')}", chart.render(name))
     if "draws_by_rank" in series:
         return _draws(case, name)
-    for data, label, metric in (
-        ("prefix_rel_l2", "rel-L2 of the prefix's last rows", "rel_l2_max"),
-        ("decode_regret", "regret of each decoded token, nats", "regret_max"),
-    ):
-        if data in series:
-            return _points(case, name, data, label, metric)
+    if "prefix_rel_l2" in series:
+        at, values = series.get("prefix", []), series["prefix_rel_l2"]
+        title, axes = "Last rows of every prefix against the whole prompt's", ("length of the prefix", "rel-L2, %")
+        return _points(case, name, title, axes, list(zip(at, values, strict=True)), "rel_l2_max", 100)
+    if "decode_regret" in series:
+        title, axes = "Regret of each decoded token by the prefill's logits", ("token", "regret, nats")
+        return _points(case, name, title, axes, list(enumerate(series["decode_regret"])), "regret_max")
     return None
 
 
@@ -199,24 +203,28 @@ def _draws(case: CaseResult, name: str) -> Plot:
     return Plot("Draws by rank", caption, chart.render(name))
 
 
-def _points(case: CaseResult, name: str, data: str, label: str, metric: str) -> Plot:
-    values = case.series[data]
-    at = (
-        case.series.get("prefix", [float(index) for index in range(len(values))])
-        if data == "prefix_rel_l2"
-        else range(len(values))
-    )
+def _points(
+    case: CaseResult,
+    name: str,
+    title: str,
+    axes: tuple[str, str],
+    points: Sequence[tuple[float, float]],
+    metric: str,
+    factor: float = 1,
+) -> Plot:
+    """factor: from a value to the unit of its axis."""
     limit = next((check.limit for check in case.checks if check.metric == metric), math.nan)
-    axis_label = "length of the prefix" if data == "prefix_rel_l2" else "token"
-    positive = [value for value in values if value > 0]
-    y = Axis.decades(label, [*positive, *([limit] if limit > 0 else [])], LEAST, 1e3)
-    chart = Chart(f"{case.case}: {label}", _range_words(values, metric), Axis(axis_label, 0, max([*at, 1])), y, 220)
-    for place, value in zip(at, values, strict=True):
-        shown = value if math.isfinite(value) else y.high
-        chart.point(place, shown, "" if value <= limit or limit != limit else "bad", f"{place:g}: {number(value)}")
+    shown = [factor * value for value in (*(value for _, value in points), limit) if value > 0]
+    x = Axis(axes[0], 0, max(1.0, *(place for place, _ in points)))
+    told = _range_words([value for _, value in points], metric)
+    chart = Chart(f"{case.case}: {title}", told, x, Axis.decades(axes[1], shown, factor * LEAST, 1e5), 220)
+    for place, value in points:
+        height = factor * value if math.isfinite(value) else chart.y.high
+        beyond = not math.isfinite(value) or value > limit
+        chart.point(place, height, "bad" if beyond else "", f"{place:g}: {show_value(metric, value)}")
     if limit > 0:
-        chart.level(limit, f"limit {show_value(metric, limit)}")
-    return Plot(label, _range_words(values, metric), chart.render(name))
+        chart.level(factor * limit, f"limit {show_value(metric, limit)}")
+    return Plot(title, f"{told}.", chart.render(name))
 
 
 def _draw_errors(chart: Chart, case: CaseResult, style: str) -> None:

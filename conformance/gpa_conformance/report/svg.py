@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 WIDTH = 480
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 16, 46
+RIGHT, TOP, BOTTOM = 14, 16, 46
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +59,17 @@ class Axis:
 
 @dataclass(slots=True)
 class Chart:
-    """A chart that is being drawn. title, description: for a screen reader; the marks may carry hover text."""
+    """A chart that is being drawn. title, description: for a screen reader; the marks may carry hover text.
+
+    left: units left of the y axis, for its labels.
+    """
 
     title: str
     description: str
     x: Axis
     y: Axis
     height: int = 270
+    left: int = 62
     marks: list[str] = field(default_factory=list)
 
     def line(self, points: Sequence[tuple[float, float]], style: str, hover: str = "") -> None:
@@ -109,7 +113,7 @@ class Chart:
         """A horizontal line across the chart, such as a limit."""
         height, end = self._y(y), WIDTH - RIGHT
         text = height - 5 if height > TOP + 16 else height + 14
-        self.marks.append(f'<line class="limit" x1="{LEFT}" x2="{end}" y1="{height:.1f}" y2="{height:.1f}"/>')
+        self.marks.append(f'<line class="limit" x1="{self.left}" x2="{end}" y1="{height:.1f}" y2="{height:.1f}"/>')
         self.marks.append(f'<text class="limit" x="{end - 4}" y="{text:.1f}" text-anchor="end">{escape(label)}</text>')
 
     def upright(self, x: float, label: str) -> None:
@@ -121,10 +125,10 @@ class Chart:
             f'<text class="limit" x="{text:.1f}" y="{TOP + 12}" text-anchor="{anchor}">{escape(label)}</text>'
         )
 
-    def note(self, x: float, y: float, text: str, anchor: str = "start") -> None:
-        """Words inside the chart, at values of its axes."""
-        place = f'x="{self._x(x):.1f}" y="{self._y(y):.1f}" text-anchor="{anchor}"'
-        self.marks.append(f'<text class="note" {place}>{escape(text)}</text>')
+    def row_name(self, y: float, text: str) -> None:
+        """A name left of the y axis."""
+        place = f'x="{self.left - 7}" y="{self._y(y) + 4.5:.1f}" text-anchor="end"'
+        self.marks.append(f"<text {place}>{escape(text)}</text>")
 
     def render(self, name: str) -> str:
         """The SVG element; `name` makes its ids unique in the page."""
@@ -139,23 +143,23 @@ class Chart:
         parts = []
         for value, label in self.y.ticks():
             y = self._y(value)
-            parts.append(f'<line class="grid" x1="{LEFT}" x2="{end}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(f'<text x="{LEFT - 7}" y="{y + 4.5:.1f}" text-anchor="end">{label}</text>')
+            parts.append(f'<line class="grid" x1="{self.left}" x2="{end}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            parts.append(f'<text x="{self.left - 7}" y="{y + 4.5:.1f}" text-anchor="end">{label}</text>')
         for value, label in self.x.ticks():
             x = self._x(value)
             parts.append(f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 4}"/>')
             anchor = "end" if x > end - 12 else "middle"
             parts.append(f'<text x="{x:.1f}" y="{floor + 18}" text-anchor="{anchor}">{label}</text>')
         middle = (TOP + floor) / 2
-        parts.append(f'<line class="axis" x1="{LEFT}" x2="{end}" y1="{floor}" y2="{floor}"/>')
-        x_place = f'x="{(LEFT + end) / 2}" y="{self.height - 8}"'
+        parts.append(f'<line class="axis" x1="{self.left}" x2="{end}" y1="{floor}" y2="{floor}"/>')
+        x_place = f'x="{(self.left + end) / 2}" y="{self.height - 8}"'
         parts.append(f'<text class="label" {x_place} text-anchor="middle">{escape(self.x.label)}</text>')
         turned = f'transform="translate(13 {middle:.0f}) rotate(-90)"'
         parts.append(f'<text class="label" {turned} text-anchor="middle">{escape(self.y.label)}</text>')
         return "".join(parts)
 
     def _x(self, value: float) -> float:
-        return LEFT + self.x.fraction(value) * (WIDTH - LEFT - RIGHT)
+        return self.left + self.x.fraction(value) * (WIDTH - self.left - RIGHT)
 
     def _y(self, value: float) -> float:
         return self.height - BOTTOM - self.y.fraction(value) * (self.height - TOP - BOTTOM)
