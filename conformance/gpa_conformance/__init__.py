@@ -1,6 +1,6 @@
 """Proof that every engine is the same model.
 
-This package stands above the engines and measures them: today it holds the benchmarks (`gpa-bench`); the conformance
-suite, which compares any engine's logits and behaviour with the torch CPU float32 baseline, is built here and works on
-every object that satisfies the `Engine` protocol, in this repository or elsewhere. Nothing in it imports a backend.
+This package stands above the engines and measures them. `gpa-conformance` compares any engine's logits and behaviour with
+the torch CPU float32 baseline, `gpa-bench` measures speed and memory. Both know engines only through the `Engine`
+protocol, in this repository or elsewhere; nothing here imports a backend.
 """
