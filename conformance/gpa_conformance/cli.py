@@ -85,7 +85,7 @@ def run(
     known_failures: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A case id and a reason per line.")
     ] = None,
-    isolate: Annotated[bool, typer.Option(help="Hold the engine in a process of its own.")] = True,
+    isolate: Annotated[bool, typer.Option(help="Own process for the engine: it may crash or hang.")] = True,
     case_timeout: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Time limit of every case (by family: 5 to 15 minutes).")
     ] = None,

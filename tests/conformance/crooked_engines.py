@@ -235,6 +235,10 @@ def no_engine(model_dir: Path) -> NoLogits:
     return NoLogits()
 
 
+def no_codec(bicodec_dir: Path, glm_dir: Path) -> NoLogits:
+    return NoLogits()
+
+
 def failing(model_dir: Path) -> Engine:
     raise OSError("the device is busy")
 

@@ -90,6 +90,16 @@ def test_a_baseline_serves_a_machine_without_torch(
     assert "give --baseline" in without.stderr
 
 
+def test_anyones_codec_is_tested(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    chosen = ("--backend", "torch", "--codec", "gpa_codecs.torch_codec:TorchCodec", "--json", str(report))
+    assert run(tiny_checkpoint, None, *chosen, "--cases", "codec/decode-short,codec/encode-short") == 0
+    assert RunReport.from_json(report).passed == 2
+    wrong = ("--backend", "torch", "--codec", f"{CROOKED}:no_codec", "--json", str(report))
+    assert run(tiny_checkpoint, None, *wrong, "--cases", "codec/decode-short") == cli.FAILED
+    assert "not a gpa_codecs.codec.SpeechCodec" in RunReport.from_json(report).cases[0].reason
+
+
 def test_failed_cases_exit_with_1_and_known_ones_do_not(
     text_baseline: Baseline, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
