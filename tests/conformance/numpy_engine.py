@@ -14,7 +14,7 @@ from gpa_engines.lm_config import LMConfig
 from gpa_engines.step_engine import StepEngine
 from gpa_engines.step_model import StepRow
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 
 
 def create(model_dir: Path) -> Engine:
