@@ -91,7 +91,7 @@ class NumpyModel:
 
     def _norm(self, x: Array, name: str) -> Array:
         scale = np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(self.config.rms_norm_eps))
-        return x / scale * self.weights[name + ".weight"]
+        return (x / scale * self.weights[name + ".weight"]).astype(np.float32)
 
     def _rotate(self, x: Array, positions: NDArray[np.int64]) -> Array:
         half = self.config.head_dim // 2

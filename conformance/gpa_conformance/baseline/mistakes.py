@@ -21,7 +21,7 @@ from gpa_engines.engine import Engine
 OpenEngine = Callable[[Path], Engine | Awaitable[Engine]]
 """Opens the reference engine on a folder of language model files."""
 
-LOGITS_BYTES = 2**29
+LOGITS_BYTES = 2**28
 LEAST_PROMPTS = 4
 """As many prompts as the case asks for, but of no more bytes of logits unless they are so few: a large model's hidden
 state averages its rounding over more dimensions and needs fewer."""
