@@ -114,6 +114,7 @@ class RunReport:
 
     engine: the fields of EngineInfo and the options it was created with. target: "backend torch", "engine pkg:factory".
     model: name, files (name -> sha256), vocab_size. baseline: path, made_by, model files, versions. started: ISO 8601.
+    digests: sha256 of the definition of every case that was asked for, by its id.
     """
 
     engine: Mapping[str, Any]
@@ -127,6 +128,7 @@ class RunReport:
     started: str
     seconds: float
     cases: tuple[CaseResult, ...]
+    digests: Mapping[str, str]
     schema: str = SCHEMA
 
     def count(self, *statuses: Status) -> int:

@@ -58,6 +58,7 @@ async def run_cases(
             started=started,
             seconds=time.monotonic() - clock,
             cases=tuple(results),
+            digests={case.id: case.digest for case in cases},
         )
 
 

@@ -57,6 +57,7 @@ def sample_report(dtype: str = "bfloat16", *, fault: bool = False, **changes: An
         "started": "2026-01-05T10:00:00+00:00",
         "seconds": 74.2,
         "cases": tuple(cases),
+        "digests": {case.case: "0d" * 32 for case in cases},
     }
     return RunReport(**(values | changes))
 

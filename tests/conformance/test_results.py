@@ -37,6 +37,7 @@ def report(*cases: CaseResult) -> RunReport:
         started="2026-01-01T00:00:00+00:00",
         seconds=1.5,
         cases=cases,
+        digests={case.case: "0d" * 32 for case in cases},
     )
 
 
