@@ -243,7 +243,7 @@ async def cancel(context: Context, case: Case, found: Findings) -> None:
     (prompt,) = context.prompts(case).values()
     room = context.engine.info.max_context - len(prompt.ids)
     doomed = fitting(context, request(prompt, min(case.spec["new_tokens"], room)))
-    wanted = [fitting(context, request(replace(prompt, ids=prompt.ids[n:]), 8)) for n in range(8)]
+    wanted = [fitting(context, request(replace(prompt, ids=(*prompt.ids, *prompt.ids[:n])), 8)) for n in range(8)]
     before = await answers(context.engine, wanted)
     times = case.spec["times"]
     one = min([await _break_off(context, doomed) for _ in range(3)])
