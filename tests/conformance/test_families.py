@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gpa_conformance.families.answers import answer, describe_difference, first_difference
 from gpa_conformance.families.codec import log_mel_distance, signal_to_noise
 from gpa_conformance.families.suspects import coefficient_of
+from gpa_codecs.errors import RequestError
 from gpa_engines.engine import EngineInfo, GenerationRequest, GenerationUsage, SamplingParams, TokenDelta
 from tests.conformance.crooked_engines import load
 
@@ -34,7 +35,7 @@ class Scripted:
             yield delta
 
     async def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        raise NotImplementedError
+        raise RequestError("a scripted engine has no logits")
 
     async def close(self) -> None: ...
 
