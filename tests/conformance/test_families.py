@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from gpa_codecs.errors import RequestError
 from gpa_conformance.families.answers import answer, describe_difference, first_difference
 from gpa_conformance.families.codec import log_mel_distance, signal_to_noise
 from gpa_conformance.families.suspects import coefficient_of
-from gpa_codecs.errors import RequestError
 from gpa_engines.engine import EngineInfo, GenerationRequest, GenerationUsage, SamplingParams, TokenDelta
 from tests.conformance.crooked_engines import load
 
