@@ -113,6 +113,14 @@ def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
             raise RequestError(f"{name}[{position}] is {token}; the vocabulary has ids 0 to {vocab_size - 1}")
 
 
+def check_positions(positions: NDArray[np.int64], length: int) -> None:
+    """Raise RequestError unless `positions` ascend strictly within [0, length)."""
+    if positions.ndim != 1 or (np.diff(positions) <= 0).any():
+        raise RequestError(f"positions are {positions.tolist()}; expected one strictly ascending list")
+    if len(positions) and not (positions[0] >= 0 and positions[-1] < length):
+        raise RequestError(f"positions {positions[0]} to {positions[-1]} are outside the {length} ids of the prompt")
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationUsage:
     """What one request took; times in seconds.
@@ -140,7 +148,12 @@ class TokenDelta:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine is. max_context: positions of prompt and answer together. note: e.g. "simulated device"."""
+    """What an engine is.
+
+    max_context: positions of prompt and answer together. note: e.g. "simulated device". logit_ids: disjoint ascending
+    ranges of the ids that the engine has logits of, None for the whole vocabulary. An engine that holds a part of the
+    vocabulary gives -inf for the rest, and refuses requests that the rest would be needed for.
+    """
 
     backend: str
     device: str
@@ -149,6 +162,7 @@ class EngineInfo:
     max_context: int
     capabilities: frozenset[Capability]
     note: str = ""
+    logit_ids: tuple[range, ...] | None = None
 
 
 @runtime_checkable
@@ -172,4 +186,16 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Cancel what runs and free the model; further calls raise RequestError. Closing twice is harmless."""
+        ...
+
+
+@runtime_checkable
+class GivesRows(Protocol):
+    """An engine that need not hold the logits of a whole prompt at once."""
+
+    async def logits_at(self, ids: Sequence[int], positions: Sequence[int]) -> NDArray[np.float32]:
+        """float32[P, V], the rows of `Engine.logits` at these positions, which ascend strictly.
+
+        Ids behind the last position are not read. Raises RequestError for bad ids or positions.
+        """
         ...

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from gpa_codecs.errors import GpaError, RequestError
 from gpa_engines.engine import FinishReason, GenerationRequest, GenerationUsage, TokenDelta
 from gpa_engines.sampling import Sampler
-from gpa_engines.step_model import CandidateSet, StepModel, StepRow
+from gpa_engines.step_model import CandidateSet, Interruptible, SlotRequest, StepInterrupted, StepModel, StepRow
 
 
 @dataclass(slots=True)
@@ -36,16 +36,37 @@ class Generation:
     last_token: float = 0.0
 
 
+@dataclass(slots=True)
+class Reading:
+    """The state of a request for logits.
+
+    positions: int64[P], ascending, of the prompt. logits: float32[P, V], filled row by row. read: rows so far.
+    """
+
+    positions: NDArray[np.int64]
+    logits: NDArray[np.float32]
+    read: int = 0
+
+    def offsets(self, start: int, count: int) -> list[int]:
+        """Which of `count` ids from position `start` are wanted."""
+        first, last = np.searchsorted(self.positions, (start, start + count))
+        return (self.positions[first:last] - start).tolist()
+
+    def add(self, rows: NDArray[np.float32]) -> None:
+        self.logits[self.read : self.read + len(rows)] = rows
+        self.read += len(rows)
+
+
 @dataclass(eq=False, slots=True)
 class Job:
-    """What is queued or running: a generation, or the array that logits of every position go to.
+    """What is queued or running: a generation, or a request for logits.
 
     pending: ids not yet fed. positions: to reserve. fed: positions in the cache.
     """
 
     pending: tuple[int, ...]
     positions: int
-    goal: Generation | NDArray[np.float32]
+    goal: Generation | Reading
     candidates: CandidateSet | None
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     messages: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
@@ -93,6 +114,7 @@ class Scheduler:
         with self.lock:
             if self.refusal is None:
                 self.inbox.put(lambda: self._end(job))
+                self._interrupt()
 
     def request_stop(self, on_end: Callable[[], object]) -> bool:
         """Ask the thread to stop; False when it has ended already, else `on_end` runs at its end."""
@@ -100,10 +122,16 @@ class Scheduler:
             if self.refusal is None:
                 self.refusal = "the engine is closed; create a new one"
                 self.inbox.put(None)
+                self._interrupt()
             if self.ended:
                 return False
             self.on_end.append(on_end)
             return True
+
+    def _interrupt(self) -> None:
+        """The inbox holds something that should not wait for the end of a long step."""
+        if isinstance(self.model, Interruptible):
+            self.model.interrupt()
 
     def stop(self) -> None:
         self.request_stop(lambda: None)
@@ -164,18 +192,23 @@ class Scheduler:
     def _admit(self) -> None:
         """Start waiting jobs, first come first served: none overtakes one that waits for room."""
         while self.waiting and len(self.running) < self.model.max_batch:
-            slot = self.model.allocate(self.waiting[0].positions)
+            job = self.waiting[0]
+            reuse = isinstance(job.goal, Generation)
+            slot = self.model.allocate(SlotRequest(job.positions, job.pending, job.candidates, reuse))
             if slot is None:
                 assert self.running, "a request within max_tokens must fit an idle model"
                 return
-            job = self.waiting.popleft()
-            job.slot, job.started = slot, time.perf_counter()
+            self.waiting.popleft()
+            job.slot, job.started = slot.number, time.perf_counter()
+            job.fed, job.pending = slot.filled, job.pending[slot.filled :]
             self.running.append(job)
 
     def _step(self) -> None:
         planned = self._plan()
         try:
             results = self.model.step([row for _, row in planned])
+        except StepInterrupted:
+            return
         except Exception as error:
             for job, _ in planned:
                 self._fail(job, error)
@@ -202,17 +235,15 @@ class Scheduler:
                     budget = 0
                     continue
                 budget -= len(ids)
-            last = "last" if len(ids) == len(job.pending) else "none"
-            wanted = "all" if isinstance(job.goal, np.ndarray) else last
-            planned.append((job, StepRow(job.slot, ids, job.fed, wanted, job.candidates)))
+            planned.append((job, _row(job, job.slot, ids)))
         return planned
 
     def _advance(self, job: Job, row: StepRow, logits: NDArray[np.float32]) -> None:
         goal = job.goal
-        if isinstance(goal, np.ndarray):
-            goal[row.start : row.start + len(row.ids)] = logits
-            if not job.pending:
-                self._send(job, goal)
+        if isinstance(goal, Reading):
+            goal.add(logits)
+            if goal.read == len(goal.positions):
+                self._send(job, goal.logits)
                 self._end(job)
             return
         try:
@@ -274,6 +305,13 @@ class Scheduler:
             if not post_to(loop, _put_all, messages):
                 for job, _ in messages:
                     self._end(job)
+
+
+def _row(job: Job, slot: int, ids: tuple[int, ...]) -> StepRow:
+    if isinstance(job.goal, Reading):
+        offsets = job.goal.offsets(job.fed, len(ids))
+        return StepRow(slot, ids, job.fed, "at" if offsets else "none", job.candidates, offsets)
+    return StepRow(slot, ids, job.fed, "last" if len(ids) == len(job.pending) else "none", job.candidates)
 
 
 def post_to(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> bool:

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpa_codecs.errors import CapacityError, RequestError
-from gpa_engines.engine import EngineInfo, GenerationRequest, TokenDelta, check_ids
+from gpa_engines.engine import EngineInfo, GenerationRequest, TokenDelta, check_ids, check_positions
 from gpa_engines.memory import MemoryMeter
 from gpa_engines.sampling import Sampler
-from gpa_engines.scheduler import Generation, Job, Scheduler, post_to
+from gpa_engines.scheduler import Generation, Job, Reading, Scheduler, post_to
 from gpa_engines.step_model import CandidateSet, StepModel
 
 T = TypeVar("T")
@@ -76,6 +76,10 @@ class StepEngine:
 
     async def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """float32[T, V], unnormalised, through the same steps as generation; waits its turn like a request."""
+        return await self.logits_at(ids, range(len(ids)))
+
+    async def logits_at(self, ids: Sequence[int], positions: Sequence[int]) -> NDArray[np.float32]:
+        """See :class:`gpa_engines.engine.GivesRows`."""
         prompt = tuple(int(token) for token in ids)
         if not prompt:
             raise RequestError("ids is empty; logits needs at least one token id")
@@ -83,14 +87,17 @@ class StepEngine:
         if len(prompt) > self._info.max_context:
             raise CapacityError(f"{len(prompt)} ids; the model has {self._info.max_context} positions: give fewer")
         self._check_room(len(prompt), "give fewer ids")
+        wanted = np.asarray(positions, np.int64)
+        check_positions(wanted, len(prompt))
         try:
-            result = np.empty((len(prompt), self._info.vocab_size), dtype=np.float32)
+            result = np.empty((len(wanted), self._info.vocab_size), dtype=np.float32)
         except MemoryError as error:
-            gibibytes = len(prompt) * self._info.vocab_size * 4 / 2**30
-            raise CapacityError(
-                f"logits of {len(prompt)} positions need {gibibytes:.1f} GiB: give fewer ids"
-            ) from error
-        job = Job(prompt, len(prompt), result, None)
+            gibibytes = len(wanted) * self._info.vocab_size * 4 / 2**30
+            raise CapacityError(f"logits of {len(wanted)} positions need {gibibytes:.1f} GiB: ask for fewer") from error
+        if not len(wanted):
+            return result
+        last = int(wanted[-1]) + 1
+        job = Job(prompt[:last], last, Reading(wanted, result), None)
         self._scheduler.submit(job)
         try:
             return await job.receive()

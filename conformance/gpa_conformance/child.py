@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gpa_conformance import wire
+from gpa_conformance.rows import rows_at
 
 STOP_PATIENCE = 0.2
 """Seconds in which a request that is to stop may still reach its next delta, to be closed there; then it is cancelled.
@@ -109,13 +110,12 @@ class Server:
 
     async def _logits(self, number: int, message: dict[str, Any]) -> None:
         ids, positions = message["ids"], message["positions"]
-        logits = np.asarray(await self._engine.logits(ids))
+        if positions is None:
+            logits = np.asarray(await self._engine.logits(ids))
+        else:
+            logits = await rows_at(self._engine, ids, positions)
         if logits.dtype == object:
             raise wire.EngineFault(f"logits gave {type(logits.flat[0]).__name__}; expected float32[T, V]")
-        if positions is not None:
-            if len(logits.shape) != 2 or len(logits) != len(ids):
-                raise wire.WrongShape(wire.describe_shape(ids, logits))
-            logits = logits[positions]
         path = self._folder / f"logits-{number}.npy"
         try:
             await asyncio.to_thread(np.save, path, logits, allow_pickle=False)

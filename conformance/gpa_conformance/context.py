@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,19 +14,12 @@ from gpa_conformance.baseline import Baseline
 from gpa_conformance.cases import Case
 from gpa_conformance.limits import DtypeLimits, Limits
 from gpa_conformance.prompts import Prompt
-from gpa_conformance.wire import WrongShape, describe_shape
+from gpa_conformance.rows import rows_at
 from gpa_engines.engine import Capability, Engine
 
 
 class Skip(Exception):
     """The case cannot run on this engine or checkpoint; the message says what is missing."""
-
-
-@runtime_checkable
-class GivesRows(Protocol):
-    """An engine in another process, which need not send all rows of a long prompt."""
-
-    async def logits_at(self, ids: Sequence[int], positions: Sequence[int]) -> NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +59,7 @@ class Context:
 
     async def rows(self, ids: Sequence[int], positions: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
         """float32[P, V]: the engine's logits at some positions of a prompt. Raises WrongShape for other arrays."""
-        wanted = np.asarray(positions, np.int64)
-        if isinstance(self.engine, GivesRows):
-            rows = await self.engine.logits_at(ids, wanted.tolist())
-            expected = (len(wanted), self.engine.info.vocab_size)
-        else:
-            rows = await self.engine.logits(ids)
-            expected = (len(ids), self.engine.info.vocab_size)
-        if rows.shape != expected or rows.dtype != np.float32:
-            raise WrongShape(describe_shape(ids, rows))
-        return rows if isinstance(self.engine, GivesRows) else rows[wanted]
+        return await rows_at(self.engine, ids, positions)
 
     async def last_row(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """float32[V]: what follows a prompt."""

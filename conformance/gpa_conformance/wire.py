@@ -55,22 +55,20 @@ def _plain(value: Any) -> Any:
 
 
 def request_to_wire(request: GenerationRequest) -> dict[str, Any]:
-    allowed = None if request.allowed is None else [[ids.start, ids.stop] for ids in request.allowed]
     return {
         "prompt_ids": request.prompt_ids,
         "sampling": asdict(request.sampling),
         "stop_ids": request.stop_ids,
-        "allowed": allowed,
+        "allowed": _bounds(request.allowed),
     }
 
 
 def request_from_wire(message: Mapping[str, Any]) -> GenerationRequest:
-    allowed = message["allowed"]
     return GenerationRequest(
         prompt_ids=tuple(message["prompt_ids"]),
         sampling=SamplingParams(**message["sampling"]),
         stop_ids=tuple(message["stop_ids"]),
-        allowed=None if allowed is None else tuple(range(start, stop) for start, stop in allowed),
+        allowed=_ranges(message["allowed"]),
     )
 
 
@@ -90,11 +88,12 @@ def delta_from_wire(message: Mapping[str, Any]) -> TokenDelta:
 
 
 def info_to_wire(info: EngineInfo) -> dict[str, Any]:
-    return asdict(info) | {"capabilities": sorted(info.capabilities)}
+    return asdict(info) | {"capabilities": sorted(info.capabilities), "logit_ids": _bounds(info.logit_ids)}
 
 
 def info_from_wire(message: Mapping[str, Any]) -> EngineInfo:
-    return EngineInfo(**{**message, "capabilities": frozenset(message["capabilities"])})
+    capabilities, logit_ids = frozenset(message["capabilities"]), _ranges(message["logit_ids"])
+    return EngineInfo(**{**message, "capabilities": capabilities, "logit_ids": logit_ids})
 
 
 def error_to_wire(error: BaseException) -> dict[str, Any]:
@@ -119,3 +118,11 @@ def error_from_wire(message: Mapping[str, Any]) -> Exception:
             error = EngineFault(f"{name}: {text}")
     error.add_note(f"in the engine's process:\n{message['traceback']}")
     return error
+
+
+def _bounds(parts: Sequence[range] | None) -> list[list[int]] | None:
+    return None if parts is None else [[ids.start, ids.stop] for ids in parts]
+
+
+def _ranges(bounds: Sequence[Sequence[int]] | None) -> tuple[range, ...] | None:
+    return None if bounds is None else tuple(range(start, stop) for start, stop in bounds)

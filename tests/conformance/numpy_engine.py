@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gpa_engines.engine import Engine, EngineInfo
 from gpa_engines.lm_config import LMConfig
 from gpa_engines.step_engine import StepEngine
-from gpa_engines.step_model import StepRow
+from gpa_engines.step_model import Slot, SlotRequest, StepRow
 
 Array = NDArray[np.floating]
 
@@ -40,12 +40,12 @@ class NumpyModel:
         self._slots: dict[int, list[tuple[Array, Array]]] = {}
         self._last = 0
 
-    def allocate(self, tokens: int) -> int | None:
+    def allocate(self, request: SlotRequest) -> Slot | None:
         self._last += 1
         width = self.config.head_dim
         nothing = np.zeros((0, self.config.num_key_value_heads, width), np.float32)
         self._slots[self._last] = [(nothing, nothing)] * self.config.num_hidden_layers
-        return self._last
+        return Slot(self._last)
 
     def release(self, slot: int) -> None:
         del self._slots[slot]
@@ -64,7 +64,7 @@ class NumpyModel:
             x = x + (gate / (1 + np.exp(-gate)) * up) @ self.weights[layer + "mlp.down_proj.weight"].T
         if row.logits == "none":
             return None
-        chosen = x[-1:] if row.logits == "last" else x
+        chosen = x[-1:] if row.logits == "last" else x[list(row.offsets)]
         logits = self._norm(chosen, "model.norm") @ self.weights["model.embed_tokens.weight"].T
         if row.candidates is not None:
             logits = logits[:, row.candidates.ids]

@@ -19,7 +19,7 @@ from gpa_engines.backends.torch.linear import weight_format
 from gpa_engines.engine import Engine, EngineInfo, GenerationRequest, GenerationUsage, SamplingParams
 from gpa_engines.lm_config import LMConfig
 from gpa_engines.step_engine import StepEngine
-from gpa_engines.step_model import StepModel, StepRow
+from gpa_engines.step_model import Slot, SlotRequest, StepModel, StepRow
 
 CPU = torch.device("cpu")
 
@@ -73,6 +73,18 @@ def load_model(folder: Path, dtype: str = "float32", *, max_tokens: int = 8192, 
     return TorchStepModel(folder, config, weight_format(dtype, CPU), max_tokens=max_tokens, max_batch=max_batch)
 
 
+def allocate(model: StepModel, positions: int) -> int:
+    """A slot's number, where there is room."""
+    slot = model.allocate(SlotRequest(positions, ()))
+    assert slot is not None
+    return slot.number
+
+
+def every_row(slot: int, ids: Sequence[int], start: int) -> StepRow:
+    """Feed ids and ask for the logits of each."""
+    return StepRow(slot, ids, start, "at", offsets=range(len(ids)))
+
+
 def relative_l2(x: NDArray[np.floating], reference: NDArray[np.floating]) -> float:
     """||x - reference|| / ||reference||, in float64."""
     x64, reference64 = x.astype(np.float64), reference.astype(np.float64)
@@ -98,10 +110,10 @@ class WatchedModel:
         self.max_batch, self.max_tokens = self.model.max_batch, self.model.max_tokens
         self.thread: threading.Thread | None = None
 
-    def allocate(self, tokens: int) -> int | None:
-        slot = self.model.allocate(tokens)
+    def allocate(self, request: SlotRequest) -> Slot | None:
+        slot = self.model.allocate(request)
         if slot is not None:
-            self.held.add(slot)
+            self.held.add(slot.number)
         return slot
 
     def release(self, slot: int) -> None:

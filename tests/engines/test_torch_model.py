@@ -18,7 +18,7 @@ from gpa_engines.backends.torch import attention, cuda_graphs, linear, model
 from gpa_engines.backends.torch.engine import TorchStepModel
 from gpa_engines.backends.torch.kv_cache import KVCache
 from gpa_engines.step_model import CandidateSet, StepRow
-from tests.engines.generating import CPU, load_model, relative_l2
+from tests.engines.generating import CPU, allocate, every_row, load_model, relative_l2
 
 LENGTH = 150
 DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -51,11 +51,10 @@ def reference(tiny_checkpoint: Path, ids: list[int]) -> NDArray[np.floating]:
 
 def logits(step_model: TorchStepModel, ids: Sequence[int], cuts: Sequence[int] = ()) -> NDArray[np.float32]:
     """float32[T, V]; the ids are fed in the pieces that the cuts leave."""
-    slot = step_model.allocate(len(ids))
-    assert slot is not None
+    slot = allocate(step_model, len(ids))
     parts = []
     for start, stop in zip([0, *cuts], [*cuts, len(ids)], strict=True):
-        (part,) = step_model.step([StepRow(slot, ids[start:stop], start, "all")])
+        (part,) = step_model.step([every_row(slot, ids[start:stop], start)])
         assert part is not None
         parts.append(part)
     step_model.release(slot)
@@ -95,12 +94,12 @@ def test_smaller_dtypes_stay_near(
 def test_neighbours_do_not_change_a_bit(tiny_checkpoint: Path, ids: list[int], dtype: str) -> None:
     step_model = load_model(tiny_checkpoint, dtype)
     alone = logits(step_model, ids, cuts=(64, *range(128, LENGTH)))
-    slots = [step_model.allocate(200) for _ in range(9)]
-    own, *others = [slot for slot in slots if slot is not None]
+    slots = [allocate(step_model, 200) for _ in range(9)]
+    own, *others = slots
     together = []
     fed = dict.fromkeys(others, 0)
     for step, (start, stop) in enumerate([(0, 64), (64, 128), *((at, at + 1) for at in range(128, LENGTH))]):
-        rows = [StepRow(own, ids[start:stop], start, "all")]
+        rows = [every_row(own, ids[start:stop], start)]
         for place, other in enumerate(others[: 1 + step % 8]):
             count = 1 if step % 3 else 1 + 3 * place
             neighbour = [(step + 31 * place + at) % 5141 for at in range(count)]
@@ -121,13 +120,13 @@ def test_the_padded_plan_of_accelerators_gives_the_row_plans_result(
         step_model, "_plan", lambda spans, rows: attention.PaddedPlan(step_model.cache, spans, bucket=32)
     )
     monkeypatch.setattr(step_model, "format", linear.WeightFormat("float32", CPU, torch.float32, linear.PlainLinear))
-    first, second = step_model.allocate(LENGTH), step_model.allocate(LENGTH)
+    first, second = allocate(step_model, LENGTH), allocate(step_model, LENGTH)
     assert first is not None
     assert second is not None
     both = [
-        step_model.step([StepRow(first, ids[:40], 0, "all"), StepRow(second, ids[:7], 0, "all")]),
-        step_model.step([StepRow(second, ids[7:8], 7, "all"), StepRow(first, ids[40:], 40, "all")])[::-1],
-        [None, step_model.step([StepRow(second, ids[8:], 8, "all")])[0]],
+        step_model.step([every_row(first, ids[:40], 0), every_row(second, ids[:7], 0)]),
+        step_model.step([every_row(second, ids[7:8], 7), every_row(first, ids[40:], 40)])[::-1],
+        [None, step_model.step([every_row(second, ids[8:], 8)])[0]],
     ]
     for place in (0, 1):
         ours = np.concatenate([step[place] for step in both if step[place] is not None])
@@ -136,7 +135,7 @@ def test_the_padded_plan_of_accelerators_gives_the_row_plans_result(
 
 def test_rows_added_to_fill_a_fixed_shape_change_nothing(tiny_checkpoint: Path, ids: list[int]) -> None:
     step_model = load_model(tiny_checkpoint)
-    slots = [slot for slot in (step_model.allocate(40) for _ in range(3)) if slot is not None]
+    slots = [allocate(step_model, 40) for _ in range(3)]
     for count, slot in enumerate(slots):
         step_model.step([StepRow(slot, ids[: 10 + count], 0)])
     spans = [attention.Span(step_model.cache.offset(slot), 10 + count, 1) for count, slot in enumerate(slots)]
@@ -203,8 +202,8 @@ def test_a_restricted_head_computes_its_columns(
     step_model = load_model(tiny_checkpoint, dtype)
     columns = np.array(wanted, dtype=np.int64)
     full = logits(step_model, ids[:9])[-1]
-    slots = [step_model.allocate(9) for _ in range(3)]
-    rows = [StepRow(slot, ids[:9], 0, "last", CandidateSet(columns.copy())) for slot in slots if slot is not None]
+    slots = [allocate(step_model, 9) for _ in range(3)]
+    rows = [StepRow(slot, ids[:9], 0, "last", CandidateSet(columns.copy())) for slot in slots]
     for result in step_model.step(rows):
         assert result is not None
         # An int8 layer has one scale per row, so cutting rows out changes nothing but rounding.
@@ -213,8 +212,7 @@ def test_a_restricted_head_computes_its_columns(
 
 def test_the_head_keeps_a_bounded_number_of_restrictions(tiny_checkpoint: Path) -> None:
     step_model = load_model(tiny_checkpoint)
-    slot = step_model.allocate(20)
-    assert slot is not None
+    slot = allocate(step_model, 20)
     for at in range(10):
         wanted = CandidateSet(np.arange(at, at + 5))
         (result,) = step_model.step([StepRow(slot, [at], at, "last", wanted)])

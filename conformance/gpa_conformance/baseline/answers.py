@@ -15,6 +15,8 @@ from gpa_conformance.baseline.reading import BaselineError
 from gpa_conformance.cases import Case
 from gpa_conformance.prompts import ClipCodes, Prompt
 from gpa_conformance.reference_rows import Top, TopRows, best_ids
+from gpa_conformance.rows import rows_at
+from gpa_conformance.wire import WrongShape
 from gpa_engines.engine import Engine, FinishReason, GenerationRequest, SamplingParams
 
 CONTRADICTION = 1e-3
@@ -36,14 +38,15 @@ class Greedy:
     finish_reason: FinishReason
 
 
-async def reference_logits(engine: Engine, case: Case, ids: tuple[int, ...]) -> NDArray[np.float32]:
-    """float32[T, V]. Raises BaselineError when shape or values are not what a reference may give."""
-    logits = await engine.logits(ids)
-    expected = (len(ids), engine.info.vocab_size)
-    if logits.shape != expected or logits.dtype != np.float32:
-        found = f"{logits.dtype}{list(logits.shape)}"
-        raise BaselineError(f"{case.id}: the reference's logits are {found}; expected float32{list(expected)}")
-    for position, row in enumerate(logits):
+async def reference_logits(
+    engine: Engine, case: Case, ids: tuple[int, ...], positions: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """float32[P, V] at `positions`. Raises BaselineError when shape or values are not what a reference may give."""
+    try:
+        logits = await rows_at(engine, ids, positions)
+    except WrongShape as error:
+        raise BaselineError(f"{case.id}: the reference is no Engine: {error}") from error
+    for position, row in zip(positions, logits, strict=True):
         if not np.isfinite(row).all():
             raise BaselineError(f"{case.id}: the reference's logits are not finite at position {position}")
     return logits
@@ -62,11 +65,12 @@ async def greedy_answer(engine: Engine, case: Case, prompt: Prompt) -> Greedy:
         ids.extend(delta.ids)
         reason = delta.finish_reason or reason
     steps = len(ids) + (reason == "stop")
-    logits = await reference_logits(engine, case, (*prompt.ids, *ids[: steps - 1]))
+    at = np.arange(len(prompt.ids) - 1, len(prompt.ids) - 1 + steps)
+    logits = await reference_logits(engine, case, (*prompt.ids, *ids[: steps - 1]), at)
     candidates = prompt.candidates()
     margins, top5 = np.empty(steps), np.full((steps, 5), -1, np.int64)
     for step in range(steps):
-        row = logits[len(prompt.ids) - 1 + step]
+        row = logits[step]
         scores = penalised(row, (*prompt.ids, *ids[:step]), sampling.repetition_penalty)
         possible = np.arange(len(scores)) if candidates is None else candidates
         best = possible[best_ids(scores[possible], 5)]

@@ -178,12 +178,12 @@ class _Writer:
         return entry
 
     async def _write_logits(self, case: Case, prompt: Prompt, folder: str) -> str:
-        logits = await reference_logits(self.engine, case, prompt.ids)
+        positions = scored_positions(case, len(prompt.ids))
+        logits = await reference_logits(self.engine, case, prompt.ids, positions)
         if "every" not in case.spec and logits.nbytes <= FULL_BYTES:
             np.save(self.folder / folder / "logits.npy", logits, allow_pickle=False)
             return f"{folder}/logits.npy"
-        positions = scored_positions(case, len(prompt.ids))
-        rows = keep_top(logits[positions], positions, prompt.candidates())
+        rows = keep_top(logits, positions, prompt.candidates())
         self._save(f"{folder}/top.npz", **top_arrays(rows))
         return f"{folder}/top.npz"
 

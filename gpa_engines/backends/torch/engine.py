@@ -24,7 +24,7 @@ from gpa_engines.engine import EngineInfo
 from gpa_engines.lm_config import LMConfig
 from gpa_engines.passing_thread import in_passing_thread
 from gpa_engines.step_engine import StepEngine
-from gpa_engines.step_model import StepRow
+from gpa_engines.step_model import Slot, SlotRequest, StepRow
 
 CAPABILITIES = frozenset(("logits", "batch", "allowed", "seed", "chunked_prefill"))
 
@@ -59,8 +59,9 @@ class TorchStepModel:
         )
         self.graphs = CudaGraphs(self.model, self.cache) if cuda_graphs else None
 
-    def allocate(self, tokens: int) -> int | None:
-        return self.cache.allocate(tokens)
+    def allocate(self, request: SlotRequest) -> Slot | None:
+        number = self.cache.allocate(request.positions)
+        return None if number is None else Slot(number)
 
     def release(self, slot: int) -> None:
         self.cache.release(slot)
@@ -110,8 +111,9 @@ class TorchStepModel:
             for index, row_logits in zip(last, logits, strict=True):
                 results[index] = row_logits
         for index, row in enumerate(rows):
-            if row.logits == "all":
-                selected = hidden[ends[index] - len(row.ids) : ends[index]]
+            if row.logits == "at":
+                start = ends[index] - len(row.ids)
+                selected = hidden[[start + offset for offset in row.offsets]]
                 normalized = self.model.normalize(selected, self.model.final_norm)
                 results[index] = self.head.all_logits(normalized, row.candidates, wide=wide)
         return results

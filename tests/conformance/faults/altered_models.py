@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -235,4 +236,4 @@ def _continues(row: StepRow) -> bool:
 
 
 def _with_ids(row: StepRow, ids: Sequence[int]) -> StepRow:
-    return StepRow(row.slot, ids, row.start, row.logits, row.candidates)
+    return replace(row, ids=ids)
