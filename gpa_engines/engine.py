@@ -152,7 +152,8 @@ class EngineInfo:
 
     max_context: positions of prompt and answer together. note: e.g. "simulated device". logit_ids: disjoint ascending
     ranges of the ids that the engine has logits of, None for the whole vocabulary. An engine that holds a part of the
-    vocabulary gives -inf for the rest, and refuses requests that the rest would be needed for.
+    vocabulary gives -inf for the rest, and refuses requests that the rest would be needed for. tokenizer_sha256: of the
+    tokenizer.json that a converted model was made with, "" where the model does not say.
     """
 
     backend: str
@@ -163,6 +164,7 @@ class EngineInfo:
     capabilities: frozenset[Capability]
     note: str = ""
     logit_ids: tuple[range, ...] | None = None
+    tokenizer_sha256: str = ""
 
 
 @runtime_checkable
