@@ -1,4 +1,4 @@
-"""From what a user names as the model to a folder: a local path, `tiny-random`, or a hub id that is downloaded."""
+"""From what a user names as the model to a path: a local folder or .gguf file, `tiny-random`, or a hub id."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from gpa_codecs.errors import CheckpointError
 from gpa_engines.random_checkpoint import tiny_random_checkpoint
+
+GGUF_SUFFIX = ".gguf"
 
 TINY_RANDOM = "tiny-random"
 """Name of the cached checkpoint of random weights."""
@@ -32,20 +34,22 @@ Progress = Callable[[str], None]
 
 
 def resolve_model(name: str, *, progress: Progress | None = None) -> Path:
-    """The folder of the model that a user named.
+    """The folder (or .gguf file) of the model that a user named.
 
-    name: an existing folder (used as it is, without any network), `tiny-random` (made and cached on first use), or a
-    hub id `owner/name[@revision]`, whose files of the released layout are downloaded into huggingface_hub's cache, with
-    its progress bars on standard error; HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are respected.
+    name: an existing folder or .gguf file (used as it is, without any network), `tiny-random` (made and cached on first
+    use), or a hub id `owner/name[@revision]`, whose files of the released layout are downloaded into huggingface_hub's
+    cache, with its progress bars on standard error; HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are respected.
     Raises CheckpointError saying what to do.
     """
     path = Path(name).expanduser()
-    if name and path.is_dir():
+    if name and (path.is_dir() or (path.is_file() and path.suffix == GGUF_SUFFIX)):
         return path
     if name == TINY_RANDOM:
         return tiny_random_checkpoint()
     if name and path.exists():
-        raise CheckpointError(f"{name} is a file; expected the folder of a checkpoint, a hub id or {TINY_RANDOM}")
+        raise CheckpointError(
+            f"{name} is a file; expected the folder of a checkpoint, a {GGUF_SUFFIX} file, a hub id or {TINY_RANDOM}"
+        )
     match = _HUB_ID.fullmatch(name)
     if match is None:
         raise CheckpointError(

@@ -19,7 +19,8 @@ class Backend:
     """One engine adapter.
 
     module: where its `create_engine(model_dir, **options)` lives; None while the adapter is not part of this version.
-    packages: import names that it needs. extra: the installation extra that brings them.
+    packages: import names that it needs. extra: the installation extra that brings them. own_format: it checks the
+    files that it loads itself, since they need not be those of the released checkpoint.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Backend:
     module: str | None = None
     packages: tuple[str, ...] = ()
     extra: str = ""
+    own_format: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,11 @@ BACKENDS = {
     for backend in (
         Backend("torch", "CPU, CUDA, Apple MPS", "gpa_engines.backends.torch", ("torch",), "torch"),
         Backend(
-            "llama-cpp", "CPU and GPU, GGUF files", "gpa_engines.backends.llama_cpp", ("llama_cpp",), "llama-cpp"
+            *("llama-cpp", "CPU and GPU, GGUF files", "gpa_engines.backends.llama_cpp", ("llama_cpp",), "llama-cpp"),
+            own_format=True,
         ),
-        Backend("mlx", "Apple silicon; Linux CPU", "gpa_engines.backends.mlx", ("mlx",), "mlx"),
-        Backend("onnx", "CPU, ONNX Runtime", "gpa_engines.backends.onnx", ("onnxruntime",), "onnx"),
+        Backend("mlx", "Apple silicon; Linux CPU", "gpa_engines.backends.mlx", ("mlx",), "mlx", own_format=True),
+        Backend("onnx", "CPU, ONNX Runtime", "gpa_engines.backends.onnx", ("onnxruntime",), "onnx", own_format=True),
         Backend("vllm", "CUDA servers; CPU"),
         Backend("sglang", "CUDA servers"),
         Backend("ascend", "Ascend NPU"),

@@ -32,8 +32,9 @@ from gpa_conformance.progress import RunProgress
 from gpa_conformance.results import RunReport
 from gpa_conformance.runner import run_cases
 from gpa_conformance.session import Setup
-from gpa_conformance.target import make_target, parse_options
+from gpa_conformance.target import make_target
 from gpa_engines.checkpoint import Checkpoint
+from gpa_engines.engine_options import parse_options
 
 FAILED, MISUSE, INTERRUPTED = 1, 2, 130
 

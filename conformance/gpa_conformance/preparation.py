@@ -33,7 +33,7 @@ def open_checkpoint(model: str) -> tuple[Checkpoint, str]:
     try:
         return open_model(model), ""
     except CheckpointError as error:
-        checkpoint = open_model(model, require=("tokenizer",))
+        checkpoint = open_model(model, require=("lm", "tokenizer"))
         return checkpoint, f"the checkpoint's codec cannot be used: {error}"
 
 

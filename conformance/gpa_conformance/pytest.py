@@ -199,7 +199,8 @@ def _prepare(config: pytest.Config) -> Suite:
     from gpa_conformance.known_failures import read_known_failures
     from gpa_conformance.limits import load_limits
     from gpa_conformance.preparation import check_reference, open_checkpoint
-    from gpa_conformance.target import make_target, parse_options
+    from gpa_conformance.target import make_target
+    from gpa_engines.engine_options import parse_options
 
     model, baseline, timeout = (_option(config, name) for name in ("model", "baseline", "case-timeout"))
     if model is None:

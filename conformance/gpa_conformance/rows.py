@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gpa_conformance.wire import WrongShape, describe_shape
+from gpa_conformance.wire import WrongShape
 from gpa_engines.engine import Engine, GivesRows
 
 
@@ -22,6 +22,9 @@ async def rows_at(
     else:
         rows = await engine.logits(ids)
         expected = (len(ids), engine.info.vocab_size)
-    if not isinstance(rows, np.ndarray) or rows.shape != expected or rows.dtype != np.float32:
-        raise WrongShape(describe_shape(ids, np.asarray(rows)))
-    return rows if isinstance(engine, GivesRows) else rows[wanted]
+    found = np.asarray(rows)
+    if found.shape != expected or found.dtype != np.float32:
+        raise WrongShape(
+            f"the logits of {len(ids)} ids are {found.dtype}{list(found.shape)}; expected float32{list(expected)}"
+        )
+    return found if isinstance(engine, GivesRows) else found[wanted]

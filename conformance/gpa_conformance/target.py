@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -84,22 +83,6 @@ def make_target(
     assert engine is not None
     split_path("--engine", engine)
     return Target("factory", engine, model_dir, dict(options))
-
-
-def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """`key=value` of every --option; a value that is JSON (a number, true, null) is read as such. Raises GpaError."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator or not key.isidentifier():
-            raise GpaError(f"--option {pair}: expected key=value, for example --option max_batch=8")
-        if key in options:
-            raise GpaError(f"--option {key} is given twice: {options[key]!r} and {value!r}")
-        try:
-            options[key] = json.loads(value)
-        except ValueError:
-            options[key] = value
-    return options
 
 
 def split_path(flag: str, path: str) -> tuple[str, str]:

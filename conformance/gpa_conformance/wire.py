@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from numpy.typing import NDArray
-
 from gpa_codecs import errors
 from gpa_engines.engine import EngineInfo, GenerationRequest, GenerationUsage, SamplingParams, TokenDelta
 
@@ -29,11 +27,6 @@ class EngineFault(Exception):
 
 class WrongShape(EngineFault):
     """The engine's logits are not float32[T, V]; the message says what they are."""
-
-
-def describe_shape(ids: Sequence[int], logits: NDArray[Any]) -> str:
-    """What is wrong with logits that are not float32[T, V]."""
-    return f"the logits of {len(ids)} ids are {logits.dtype}{list(logits.shape)}; expected float32[T, V]"
 
 
 def pack(message: Mapping[str, Any]) -> bytes:

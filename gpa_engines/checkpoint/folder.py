@@ -18,10 +18,9 @@ from gpa_engines.lm_config import LMConfig
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Paths of a checkpoint whose required parts are there and fit together; `config` is the language model's."""
+    """Paths of a checkpoint whose required parts are there and fit together."""
 
     layout: Layout
-    config: LMConfig
     parts: frozenset[Part]
 
     @classmethod
@@ -37,22 +36,27 @@ class Checkpoint:
         """Check the checkpoint in the folder `path` without reading a tensor.
 
         bicodec, glm_tokenizer: folders to use instead of the checkpoint's own; tokenizer: a tokenizer.json or its
-        folder. require: the parts that must be there and right (`TASK_PARTS` says what each task needs); the language
-        model always is. Raises CheckpointError naming the file, what was expected and how to get it.
+        folder. require: the parts that must be there and right (`TASK_PARTS` says what each task needs). Raises
+        CheckpointError naming the file, what was expected and how to get it.
         """
         if unknown := set(require) - set(PARTS):
             raise ValueError(f"unknown parts {sorted(unknown)}; expected any of {', '.join(PARTS)}")
         layout = Layout.find(path, bicodec=bicodec, glm_tokenizer=glm_tokenizer, tokenizer=tokenizer)
-        parts: frozenset[Part] = frozenset({"lm", *require})
+        parts: frozenset[Part] = frozenset(require)
         for check in checks(layout):
             if check.part in parts:
                 check.run()
-        return cls(layout, lm_config(layout), parts)
+        return cls(layout, parts)
 
     @property
     def root(self) -> Path:
         """Folder of the language model."""
         return self.layout.root
+
+    @property
+    def config(self) -> LMConfig:
+        """The language model's configuration. Raises CheckpointError where it was not required and is not there."""
+        return lm_config(self.layout)
 
     @property
     def config_file(self) -> Path:
@@ -87,7 +91,7 @@ class Checkpoint:
         space = TokenSpace.from_file(self.tokenizer_file)
         check_sizes(
             space,
-            lm=self.config,
+            lm=self.config if "lm" in self.parts else None,
             bicodec=bicodec_config(self.layout) if "bicodec" in self.parts else None,
             glm=glm_config(self.layout) if "glm" in self.parts else None,
         )

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from gpa_codecs.audio import Waveform
 from gpa_codecs.codec import Voice
-from gpa_codecs.prompts import Task
 from gpa_engines.cli import report
 from gpa_engines.cli.inputs import Job
 from gpa_engines.cli.output import audio_stream, named, print_json, print_line, write_audio, write_text
@@ -21,7 +20,7 @@ from gpa_engines.cli.progress import Narrator
 from gpa_engines.hub import resolve_model
 from gpa_engines.random_checkpoint import is_random_checkpoint
 from gpa_engines.speech import SpeechModel
-from gpa_engines.speech.loading import load_codec, open_model
+from gpa_engines.speech.loading import ModelFiles, find_codec, find_model, model_folder, parts_of
 from gpa_engines.speech.results import AudioPiece, Speech, TextDelta, Transcription
 from gpa_engines.speech.sync import SyncStream
 
@@ -34,7 +33,8 @@ CLOSING_TIME = 2.0
 def execute(job: Job, narrator: Narrator) -> None:
     """Run a job and write its result. Raises GpaError; whatever is raised, no partial file is left."""
     narrator.warn(job.warnings)
-    model_dir = resolve_model(job.model, progress=narrator.say)
+    path = resolve_model(job.model, progress=narrator.say)
+    model_dir = model_folder(path)
     random_weights = is_random_checkpoint(model_dir)
     if random_weights:
         narrator.note(RANDOM_NOTE)
@@ -43,7 +43,15 @@ def execute(job: Job, narrator: Narrator) -> None:
         return
     narrator.stage("loading the model")
     started = time.perf_counter()
-    with _loaded(job, model_dir) as model:
+    files = find_model(
+        path,
+        backend=job.backend,
+        parts=parts_of((job.task,)),
+        codec_precision=job.codec_precision,
+        **job.components,
+    )
+    narrator.say(f"{files.choice}; {files.codec}")
+    with _loaded(files, job) as model:
         load = time.perf_counter() - started
         info = model.info
         narrator.say(f"{info.backend} on {info.device} in {info.dtype}, loaded in {load:.1f} s")
@@ -55,7 +63,7 @@ def execute(job: Job, narrator: Narrator) -> None:
     narrator.warn(result.warnings)
     narrator.say(report.summary(job, result))
     if job.json:
-        document = report.run_report(job, info, model_dir, random_weights, load, result)
+        document = report.run_report(job, files, info, random_weights, load, result)
         print_json({"event": "result", **document} if job.stream else document, one_line=job.stream)
     elif isinstance(result, Speech):
         if str(job.output) != "-":
@@ -146,14 +154,15 @@ def _audio_event(piece: AudioPiece, start: float) -> dict[str, Any]:
 
 def _keep_voice(job: Job, model_dir: Path, narrator: Narrator) -> None:
     narrator.stage("reading the voice")
-    checkpoint = open_model(model_dir, **job.components, require=("bicodec",))
-    codec = load_codec(checkpoint, job.engine_options.get("device", "cpu"), job.engine_options.get("threads"))
+    components = {name: path for name, path in job.components.items() if name != "tokenizer"}
+    files = find_codec(model_dir, ("bicodec",), codec_precision=job.codec_precision, **components)
+    codec = files.load(job.engine_options.get("device", "cpu"), job.engine_options.get("threads"))
     assert isinstance(job.speaker, Waveform)
     voice = _named(codec.voice(job.speaker), job)
     narrator.rest()
     _save_voice(voice, job)
     if job.json:
-        print_json(report.voice_report(job, model_dir, voice))
+        print_json(report.voice_report(job, model_dir, voice, files.package))
     else:
         print_line(str(job.save_voice))
 
@@ -170,9 +179,8 @@ def _named(voice: Voice, job: Job) -> Voice:
 
 
 @contextmanager
-def _loaded(job: Job, model_dir: Path) -> Generator[SpeechModel, None, None]:
-    tasks: tuple[Task, ...] = (_given(job.task),)
-    model = SpeechModel.load(model_dir, backend=job.backend, tasks=tasks, **job.components, **job.engine_options)
+def _loaded(files: ModelFiles, job: Job) -> Generator[SpeechModel, None, None]:
+    model = SpeechModel.load_files(files, **job.engine_options)
     try:
         yield model
     except KeyboardInterrupt:

@@ -16,7 +16,6 @@ from gpa_engines.cli import usage
 from gpa_engines.cli.options import RunOptions, flag
 from gpa_engines.cli.usage import UsageError
 from gpa_engines.examples import example_clip
-from gpa_engines.registry import require_backend
 from gpa_engines.speech.tasks import SamplingOverrides
 
 DEFAULT_OUTPUT = Path("gpa-output.wav")
@@ -34,7 +33,7 @@ class Job:
 
     task: None keeps a voice and does nothing else. source: the clip to transcribe or convert. speaker: the voice, or
     the clip that has it; speaker_name: where it comes from. output: None writes no file (stt). components: folders or
-    files that replace the checkpoint's.
+    files of the codec, or that replace the checkpoint's. codec_precision: None leaves the choice to the codec.
     """
 
     task: Task | None
@@ -42,6 +41,7 @@ class Job:
     backend: str
     engine_options: dict[str, Any]
     components: dict[str, Path]
+    codec_precision: str | None
     sampling: SamplingOverrides
     text: str
     source: Waveform | None
@@ -63,8 +63,9 @@ def check(options: RunOptions) -> Job:
     return Job(
         task=task,
         model=usage.require_model(options.model),
-        backend=require_backend(options.backend or "torch").name,
+        backend=usage.backend(options),
         engine_options=usage.engine_options(options),
+        codec_precision=options.codec_precision,
         sampling=usage.sampling(options, task),
         components={name: _existing(name, path) for name in usage.COMPONENTS if (path := getattr(options, name))},
         output=_output(options, task),

@@ -93,21 +93,21 @@ class RunOptions:
             "--model",
             panel=_MODEL,
             metavar="NAME",
-            help="Folder, AutoArk-AI/GPA (downloads it), or tiny-random (noise, for a first try); "
+            help="Folder, .gguf file, AutoArk-AI/GPA (downloads it), or tiny-random (noise, for a first try); "
             f"or set {MODEL_VARIABLE}.",
         ),
     ] = None
     backend: Annotated[
         str | None,
-        _option("--backend", panel=_MODEL, metavar="NAME", help="Inference engine (torch)."),
+        _option("--backend", panel=_MODEL, metavar="NAME", help="Inference engine; auto takes the best one (auto)."),
     ] = None
     device: Annotated[
         str | None,
-        _option("--device", panel=_MODEL, metavar="NAME", help="auto, cpu, cuda, cuda:N, mps (auto)."),
+        _option("--device", panel=_MODEL, metavar="NAME", help="Where it runs, e.g. cpu or cuda:1 (auto)."),
     ] = None
     dtype: Annotated[
         str | None,
-        _option("--dtype", panel=_MODEL, metavar="NAME", help="float32, bfloat16, float16, int8 (auto)."),
+        _option("--dtype", panel=_MODEL, metavar="NAME", help="E.g. float32, bfloat16, int8, q8_0 (auto)."),
     ] = None
     threads: Annotated[
         int | None, _option("--threads", panel=_MODEL, metavar="N", help="CPU threads (as the backend chooses).")
@@ -115,6 +115,18 @@ class RunOptions:
     max_tokens_in_flight: Annotated[
         int | None,
         _option("--max-tokens-in-flight", panel=_MODEL, metavar="N", help="Bounds the memory of the cache."),
+    ] = None
+    option: Annotated[
+        list[str] | None,
+        _option("--option", panel=_MODEL, metavar="KEY=VALUE", help="Another option of the backend; repeat."),
+    ] = None
+    codec: Annotated[
+        str | None,
+        _option("--codec", panel=_MODEL, metavar="DIR", help="Folder of the codec, if not the model's."),
+    ] = None
+    codec_precision: Annotated[
+        str | None,
+        _option("--codec-precision", panel=_MODEL, metavar="NAME", help="Of an exported decoder: fp32, fp16, int8."),
     ] = None
     bicodec: Annotated[
         str | None, _option("--bicodec", panel=_MODEL, metavar="DIR", help="BiCodec, if not MODEL/BiCodec.")
@@ -190,7 +202,7 @@ class RunOptions:
 
     def given(self) -> set[str]:
         """Names of the fields that were set."""
-        return {field.name for field in fields(self) if getattr(self, field.name) not in (None, False)}
+        return {field.name for field in fields(self) if getattr(self, field.name) not in (None, False, [])}
 
 
 def signature() -> Signature:

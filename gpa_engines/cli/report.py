@@ -13,6 +13,7 @@ from gpa_codecs.codec import Voice
 from gpa_engines.cli.inputs import Job
 from gpa_engines.engine import EngineInfo
 from gpa_engines.registry import BACKENDS
+from gpa_engines.speech.loading import ModelFiles
 from gpa_engines.speech.results import PieceReport, Speech, Transcription
 from gpa_engines.speech.tasks import task_sampling
 
@@ -23,7 +24,7 @@ LIBRARIES = ("numpy", "soundfile", "soxr", "tokenizers", "safetensors")
 
 
 def run_report(
-    job: Job, info: EngineInfo, model_dir: Path, random_weights: bool, load: float, result: Transcription | Speech
+    job: Job, files: ModelFiles, info: EngineInfo, random_weights: bool, load: float, result: Transcription | Speech
 ) -> dict[str, Any]:
     """Everything needed to judge and repeat a run.
 
@@ -36,9 +37,11 @@ def run_report(
         "schema": SCHEMA,
         "task": job.task,
         "model": job.model,
-        "model_dir": str(model_dir),
+        "model_dir": str(files.engine),
         "random_weights": random_weights,
         "backend": info.backend,
+        "backend_choice": files.choice.reason,
+        "codec": files.codec.package if files.codec else None,
         "device": info.device,
         "dtype": info.dtype,
     }
@@ -60,12 +63,12 @@ def run_report(
         "timings": {"load": load, **asdict(result.timings)},
         "rtf": result.timings.total / result.duration if result.duration else None,
         "warnings": [*job.warnings, *result.warnings],
-        "versions": versions(info.backend),
+        "versions": versions(info.backend, *([files.codec.package] if files.codec else [])),
     }
 
 
-def voice_report(job: Job, model_dir: Path, voice: Voice) -> dict[str, Any]:
-    """What keeping a voice without a task gives."""
+def voice_report(job: Job, model_dir: Path, voice: Voice, codec_package: str) -> dict[str, Any]:
+    """What keeping a voice without a task gives. codec_package: what read the voice."""
     return {
         "schema": SCHEMA,
         "task": None,
@@ -74,7 +77,7 @@ def voice_report(job: Job, model_dir: Path, voice: Voice) -> dict[str, Any]:
         "voice": _voice(voice),
         "saved_voice": str(job.save_voice),
         "warnings": list(job.warnings),
-        "versions": versions("torch"),
+        "versions": versions(None, codec_package),
     }
 
 
@@ -94,10 +97,10 @@ def summary(job: Job, result: Transcription | Speech) -> str:
     return ", ".join(parts)
 
 
-def versions(backend: str) -> dict[str, str]:
-    """Versions of this package, Python and the libraries that shape a result."""
+def versions(backend: str | None, *packages: str) -> dict[str, str]:
+    """Versions of this package, Python and the libraries that shape a result, the backend's and `packages` included."""
     found = {"gpa-engines": gpa_engines.__version__, "python": platform.python_version()}
-    for package in (*LIBRARIES, *BACKENDS[backend].packages):
+    for package in (*LIBRARIES, *(BACKENDS[backend].packages if backend else ()), *packages):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -29,8 +29,7 @@ from gpa_engines.cli.usage import UsageError
 from gpa_engines.engine import Engine
 from gpa_engines.hub import resolve_model
 from gpa_engines.random_checkpoint import is_random_checkpoint
-from gpa_engines.registry import create_engine, require_backend
-from gpa_engines.speech.loading import open_model
+from gpa_engines.speech.loading import find_model, model_folder
 from gpa_engines.speech.tasks import SamplingOverrides
 from gpa_engines.text import Completion, complete, text_sampling
 
@@ -38,7 +37,7 @@ TEXT_PARTS: tuple[Part, ...] = ("lm", "tokenizer")
 """What plain text needs of a checkpoint."""
 
 MEANINGFUL = {
-    *("task", "prompt", "text_file", "model", "backend", "tokenizer", "output", "stream", "json", "verbose"),
+    *("task", "prompt", "text_file", "model", "backend", "option", "tokenizer", "output", "stream", "json", "verbose"),
     *usage.ENGINE_OPTIONS,
     *SamplingOverrides.__annotations__,
 }
@@ -73,7 +72,7 @@ def check_text(options: RunOptions) -> TextJob:
     text_sampling(sampling)
     job = TextJob(
         model=usage.require_model(options.model),
-        backend=require_backend(options.backend or "torch").name,
+        backend=usage.backend(options),
         engine_options=usage.engine_options(options),
         tokenizer=_tokenizer(options.tokenizer),
         sampling=sampling,
@@ -91,14 +90,17 @@ def check_text(options: RunOptions) -> TextJob:
 def execute_text(job: TextJob, narrator: Narrator) -> None:
     """Continue the prompt; the text goes to standard output, the report into its file. Raises GpaError."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    model_dir = resolve_model(job.model, progress=narrator.say)
+    path = resolve_model(job.model, progress=narrator.say)
+    model_dir = model_folder(path)
     random_weights = is_random_checkpoint(model_dir)
     if random_weights:
         narrator.note(RANDOM_NOTE)
-    space = open_model(model_dir, tokenizer=job.tokenizer, require=TEXT_PARTS).token_space()
+    files = find_model(path, backend=job.backend, parts=TEXT_PARTS, tokenizer=job.tokenizer)
+    narrator.say(str(files.choice))
+    space = files.checkpoint.token_space()
     narrator.stage("loading the model")
     started = time.perf_counter()
-    engine = create_engine(job.backend, model_dir, **job.engine_options)
+    engine = files.load_engine(space, job.engine_options)
     load = time.perf_counter() - started
     info = engine.info
     narrator.say(f"{info.backend} on {info.device} in {info.dtype}, loaded in {load:.1f} s")
@@ -108,7 +110,7 @@ def execute_text(job: TextJob, narrator: Narrator) -> None:
     document = text_document(
         created=created,
         model=job.model,
-        model_dir=model_dir,
+        model_dir=path,
         random_weights=random_weights,
         engine=engine_facts(info),
         options=job.engine_options,

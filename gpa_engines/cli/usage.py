@@ -8,18 +8,24 @@ from typing import Any, cast
 from gpa_codecs.audio import Channel
 from gpa_codecs.errors import GpaError
 from gpa_codecs.prompts import Task
+from gpa_engines.backend_choice import AUTO
 from gpa_engines.cli.options import MODEL_VARIABLE, RunOptions, flag
+from gpa_engines.engine_options import parse_options
+from gpa_engines.registry import require_backend
 from gpa_engines.speech.tasks import TASKS, SamplingOverrides, task_sampling
 
-COMPONENTS = ("bicodec", "glm_tokenizer", "tokenizer")
-"""Options that replace a part of the checkpoint; named as `Checkpoint.open` names them."""
+COMPONENTS = ("codec", "bicodec", "glm_tokenizer", "tokenizer")
+"""Options that name a codec or replace a part of the checkpoint; named as `find_model` names them."""
 
 ENGINE_OPTIONS = ("device", "dtype", "threads", "max_tokens_in_flight")
 """Options that go to the backend; named as its `create_engine` names them."""
 
 _EXPECTED = "stt (speech to text), tts-a (text to speech), vc (voice conversion) or text (plain text)"
 
-_VOICE_ONLY = {"ref_audio", "save_voice", "channel", "model", "device", "threads", "json", "verbose", *COMPONENTS}
+_VOICE_ONLY = {
+    *("ref_audio", "save_voice", "channel", "model", "device", "threads", "json", "verbose", "codec_precision"),
+    *COMPONENTS,
+}
 
 _MEANINGLESS: dict[Task, tuple[str, ...]] = {
     "stt": ("text", "text_file", "prompt", "ref_audio", "voice", "save_voice"),
@@ -60,6 +66,12 @@ def require_model(name: str | None) -> str:
     return name
 
 
+def backend(options: RunOptions) -> str:
+    """The backend's name, or "auto"; raises BackendError for one that cannot be used here."""
+    name = options.backend or AUTO
+    return AUTO if name == AUTO else require_backend(name).name
+
+
 def sampling(options: RunOptions, task: Task | None) -> SamplingOverrides:
     """The sampling options that were given; raises RequestError for a value out of range."""
     values = {name: getattr(options, name) for name in SamplingOverrides.__annotations__}
@@ -75,7 +87,12 @@ def engine_options(options: RunOptions) -> dict[str, Any]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"{flag(name)} is {value}; expected at least 1")
-    return {name: value for name in ENGINE_OPTIONS if (value := getattr(options, name)) is not None}
+    named = {name: value for name in ENGINE_OPTIONS if (value := getattr(options, name)) is not None}
+    others = parse_options(options.option or ())
+    for name in others:
+        if name in ENGINE_OPTIONS:
+            raise UsageError(f"--option {name}=...: {flag(name)} is the option for it")
+    return named | others
 
 
 def channel(options: RunOptions) -> Channel:

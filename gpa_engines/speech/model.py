@@ -14,8 +14,9 @@ from gpa_codecs.audio import AudioSource, Channel, load_audio
 from gpa_codecs.codec import SpeechCodec, Voice
 from gpa_codecs.prompts import Task
 from gpa_codecs.vocabulary import TokenSpace
+from gpa_engines.backend_choice import AUTO
 from gpa_engines.engine import Engine
-from gpa_engines.speech.loading import load_parts, open_model, parts_of
+from gpa_engines.speech.loading import ModelFiles, find_model, parts_of
 from gpa_engines.speech.results import AudioPiece, ProgressCallback, Speech, TextDelta, Transcription
 from gpa_engines.speech.runtime import Runtime
 from gpa_engines.speech.speaking import conversion, synthesis
@@ -48,29 +49,48 @@ class AsyncSpeechModel:
         cls,
         model: str | Path,
         *,
-        backend: str = "torch",
+        backend: str = AUTO,
         tasks: Collection[Task] = TASKS,
+        codec: Path | None = None,
+        codec_precision: str | None = None,
         bicodec: Path | None = None,
         glm_tokenizer: Path | None = None,
         tokenizer: Path | None = None,
         codec_device: str = "auto",
         **engine_options: Any,
     ) -> AsyncSpeechModel:
-        """Load a checkpoint folder, a hub id ("AutoArk-AI/GPA", which downloads it) or "tiny-random".
+        """Load a checkpoint folder, a .gguf file, a hub id ("AutoArk-AI/GPA", which downloads it) or "tiny-random".
 
-        tasks: what the model will be used for; the checkpoint may lack the parts that only other tasks need.
+        backend: "auto" takes the best one that is installed (see `gpa_engines.backend_choice`). tasks: what the model
+        will be used for; the checkpoint may lack the parts that only other tasks need. codec: the codec's folder where
+        it is not the model's: a checkpoint, or an export of to_onnx.py; codec_precision: of an exported decoder.
         bicodec, glm_tokenizer, tokenizer: folders (for the tokenizer a file) to use instead of the checkpoint's own.
-        codec_device: "auto" is the engine's. engine_options: what the backend's `create_engine` takes, e.g. device,
-        dtype, threads. The codec's parts are loaded when a task first needs them.
+        codec_device: of a codec in torch; "auto" is a torch engine's device, else the CPU. engine_options: what the
+        backend's `create_engine` takes, e.g. device, dtype, threads. The codec's parts are loaded when a task first
+        needs them.
         """
 
         def load() -> tuple[Engine, SpeechCodec, TokenSpace]:
-            checkpoint = open_model(
-                model, bicodec=bicodec, glm_tokenizer=glm_tokenizer, tokenizer=tokenizer, require=parts_of(tasks)
+            files = find_model(
+                model,
+                backend=backend,
+                parts=parts_of(tasks),
+                codec=codec,
+                codec_precision=codec_precision,
+                bicodec=bicodec,
+                glm_tokenizer=glm_tokenizer,
+                tokenizer=tokenizer,
             )
-            return load_parts(checkpoint, backend, codec_device, engine_options)
+            return files.load(codec_device, engine_options)
 
         return cls(*await anyio.to_thread.run_sync(load))
+
+    @classmethod
+    async def load_files(
+        cls, files: ModelFiles, *, codec_device: str = "auto", **engine_options: Any
+    ) -> AsyncSpeechModel:
+        """As :meth:`load`, from files that :func:`gpa_engines.speech.loading.find_model` has found and checked."""
+        return cls(*await anyio.to_thread.run_sync(lambda: files.load(codec_device, engine_options)))
 
     @property
     def engine(self) -> Engine:

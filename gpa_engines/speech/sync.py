@@ -15,7 +15,9 @@ from gpa_codecs.audio import AudioSource, Channel
 from gpa_codecs.codec import Voice
 from gpa_codecs.errors import RequestError
 from gpa_codecs.prompts import Task
+from gpa_engines.backend_choice import AUTO
 from gpa_engines.engine import EngineInfo
+from gpa_engines.speech.loading import ModelFiles
 from gpa_engines.speech.model import AsyncSpeechModel
 from gpa_engines.speech.results import AudioPiece, ProgressCallback, Speech, TextDelta, Transcription
 from gpa_engines.speech.stream import ResultStream
@@ -72,8 +74,10 @@ class SpeechModel:
         cls,
         model: str | Path,
         *,
-        backend: str = "torch",
+        backend: str = AUTO,
         tasks: Collection[Task] = TASKS,
+        codec: Path | None = None,
+        codec_precision: str | None = None,
         bicodec: Path | None = None,
         glm_tokenizer: Path | None = None,
         tokenizer: Path | None = None,
@@ -87,6 +91,8 @@ class SpeechModel:
                 model,
                 backend=backend,
                 tasks=tasks,
+                codec=codec,
+                codec_precision=codec_precision,
                 bicodec=bicodec,
                 glm_tokenizer=glm_tokenizer,
                 tokenizer=tokenizer,
@@ -94,6 +100,19 @@ class SpeechModel:
                 **engine_options,
             )
 
+        return cls._started(load)
+
+    @classmethod
+    def load_files(cls, files: ModelFiles, *, codec_device: str = "auto", **engine_options: Any) -> SpeechModel:
+        """As AsyncSpeechModel.load_files."""
+
+        async def load() -> AsyncSpeechModel:
+            return await AsyncSpeechModel.load_files(files, codec_device=codec_device, **engine_options)
+
+        return cls._started(load)
+
+    @classmethod
+    def _started(cls, load: Callable[[], Awaitable[AsyncSpeechModel]]) -> SpeechModel:
         runner = start_blocking_portal()
         portal = runner.__enter__()
         try:

@@ -21,6 +21,8 @@ COMMON = {
     "model_dir": str,
     "random_weights": bool,
     "backend": str,
+    "backend_choice": str,
+    "codec": str,
     "device": str,
     "dtype": str,
     "output": (str, type(None)),

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from gpa_codecs.errors import BackendError, CheckpointError, GpaError
-from gpa_conformance.target import make_target, parse_options
+from gpa_conformance.target import make_target
 from gpa_engines.engine import Engine
+from gpa_engines.engine_options import parse_options
 
 CROOKED = "tests.conformance.crooked_engines"
 
