@@ -12,9 +12,10 @@ from gpa_codecs.codec import SpeechCodec
 from gpa_codecs.vocabulary import TokenSpace
 from gpa_conformance.baseline import Baseline
 from gpa_conformance.cases import Case
+from gpa_conformance.coverage import covered_ids
 from gpa_conformance.limits import DtypeLimits, Limits
 from gpa_conformance.prompts import Prompt
-from gpa_conformance.rows import rows_at
+from gpa_conformance.rows import checked_logits, rows_at
 from gpa_engines.engine import Capability, Engine
 
 
@@ -60,6 +61,20 @@ class Context:
     async def rows(self, ids: Sequence[int], positions: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
         """float32[P, V]: the engine's logits at some positions of a prompt. Raises WrongShape for other arrays."""
         return await rows_at(self.engine, ids, positions)
+
+    @property
+    def covered(self) -> NDArray[np.int64] | None:
+        """The ids that the engine has logits of; None for all."""
+        return covered_ids(self.engine.info)
+
+    def cut(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Rows [.., V] without the columns of ids that the engine has no logits of."""
+        covered = self.covered
+        return rows if covered is None else rows[..., covered]
+
+    async def whole(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """float32[T, V]: what the engine's `logits` gives. Raises WrongShape as :meth:`rows`."""
+        return checked_logits(await self.engine.logits(ids), len(ids), len(ids), self.engine.info.vocab_size)
 
     async def last_row(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """float32[V]: what follows a prompt."""

@@ -40,7 +40,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gpa_conformance.reference_rows import FullRows, ReferenceRows, Top, TopRows, best_ids, log_sum_exp
+from gpa_conformance.reference_rows import (
+    FullRows,
+    ReferenceRows,
+    Top,
+    TopRows,
+    best_ids,
+    log_sum_exp,
+    stratified,
+)
 
 Float64 = NDArray[np.float64]
 Ids = NDArray[np.int64]
@@ -218,7 +226,7 @@ def _size(ref: Float64, x: Float64) -> dict[str, float]:
 
 
 def _top_size(rows: TopRows, index: int, x: Float64) -> dict[str, float]:
-    ids, ref, weights = _stratified(rows.top, index)
+    ids, ref, weights = stratified(rows.top, index)
     return _sums(ref, x[ids], weights, float(rows.mean[index]), x.mean()) | _norms(float(rows.norm[index]), x)
 
 
@@ -264,7 +272,7 @@ def _softmax(ref: Float64, x: Float64) -> dict[str, float]:
 def _top_softmax(top: Top, index: int, x: Float64, candidates: Ids | None) -> dict[str, float]:
     ref_normaliser = float(top.log_normaliser[index])
     possible = x if candidates is None else x[candidates]
-    ids, ref, weights = _stratified(top, index)
+    ids, ref, weights = stratified(top, index)
     log_p = ref - ref_normaliser
     delta = (x[ids] - log_sum_exp(possible)) - log_p
     with np.errstate(over="ignore"):
@@ -281,16 +289,6 @@ def _top_softmax(top: Top, index: int, x: Float64, candidates: Ids | None) -> di
         "margin": float(row[0] - row[1]) if len(row) > 1 else np.inf,
         "reference_normaliser": ref_normaliser,
     }
-
-
-def _stratified(top: Top, index: int) -> tuple[Ids, Float64, Float64]:
-    """Ids, reference logits and weights: the top counts once, the sample for everything below the top."""
-    below = ~np.isin(top.sample_ids, top.ids[index])
-    ids = np.concatenate([top.ids[index], top.sample_ids[below]])
-    logits = np.concatenate([top.logits[index], top.sample[index, below]]).astype(np.float64)
-    kept, sampled = top.ids.shape[1], int(below.sum())
-    weight = (top.count - kept) / sampled if sampled else 0.0
-    return ids, logits, np.concatenate([np.ones(kept), np.full(sampled, weight)])
 
 
 def _best(best: Ids, x: Float64) -> dict[str, float]:

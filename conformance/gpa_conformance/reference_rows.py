@@ -80,6 +80,16 @@ def log_sum_exp(row: Float64) -> float:
     return float(highest + np.log(np.exp(row - highest).sum()))
 
 
+def stratified(top: Top, index: int) -> tuple[Ids, Float64, Float64]:
+    """Ids, reference logits and weights: the top counts once, the sample for everything below the top."""
+    below = ~np.isin(top.sample_ids, top.ids[index])
+    ids = np.concatenate([top.ids[index], top.sample_ids[below]])
+    logits = np.concatenate([top.logits[index], top.sample[index, below]]).astype(np.float64)
+    kept, sampled = top.ids.shape[1], int(below.sum())
+    weight = (top.count - kept) / sampled if sampled else 0.0
+    return ids, logits, np.concatenate([np.ones(kept), np.full(sampled, weight)])
+
+
 def spread_sample(size: int) -> Ids:
     """int64[S], ascending: `SAMPLE` indices evenly spread over [0, size), or all of them."""
     count = min(SAMPLE, size)

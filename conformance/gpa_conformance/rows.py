@@ -17,14 +17,17 @@ async def rows_at(
     """float32[P, V]: the engine's logits at `positions`, strictly ascending. Raises WrongShape for other arrays."""
     wanted = np.asarray(positions, np.int64)
     if isinstance(engine, GivesRows):
-        rows = await engine.logits_at(ids, wanted.tolist())
-        expected = (len(wanted), engine.info.vocab_size)
-    else:
-        rows = await engine.logits(ids)
-        expected = (len(ids), engine.info.vocab_size)
-    found = np.asarray(rows)
-    if found.shape != expected or found.dtype != np.float32:
-        raise WrongShape(
-            f"the logits of {len(ids)} ids are {found.dtype}{list(found.shape)}; expected float32{list(expected)}"
+        return checked_logits(
+            await engine.logits_at(ids, wanted.tolist()), len(ids), len(wanted), engine.info.vocab_size
         )
-    return found if isinstance(engine, GivesRows) else found[wanted]
+    return checked_logits(await engine.logits(ids), len(ids), len(ids), engine.info.vocab_size)[wanted]
+
+
+def checked_logits(logits: object, ids: int, rows: int, vocab_size: int) -> NDArray[np.float32]:
+    """The array, if it is float32[rows, vocab_size]; else WrongShape. ids: of the prompt, for the message."""
+    found = np.asarray(logits)
+    if found.shape != (rows, vocab_size) or found.dtype != np.float32:
+        raise WrongShape(
+            f"the logits of {ids} ids are {found.dtype}{list(found.shape)}; expected float32[{rows}, {vocab_size}]"
+        )
+    return found

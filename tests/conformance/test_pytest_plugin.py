@@ -17,14 +17,16 @@ from gpa_engines.registry import create_engine
 
 
 def create(model_dir, **options):
-    engine = create_engine("torch", model_dir, **options)
-    honest = engine.logits
+    return ScaledEngine(create_engine("torch", model_dir, **options))
 
-    async def logits(ids):
-        return 1.5 * await honest(ids)
 
-    engine.logits = logits
-    return engine
+class ScaledEngine:
+    def __init__(self, engine):
+        self.engine, self.info = engine, engine.info
+        self.generate, self.close = engine.generate, engine.close
+
+    async def logits(self, ids):
+        return 1.5 * await self.engine.logits(ids)
 """
 
 

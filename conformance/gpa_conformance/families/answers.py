@@ -9,9 +9,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gpa_conformance.context import Context
+import numpy as np
+
+from gpa_conformance.context import Context, Skip
 from gpa_conformance.prompts import Prompt
 from gpa_engines.engine import Engine, GenerationRequest, GenerationUsage, SamplingParams, TokenDelta
+from gpa_engines.sampling import candidate_ids
 
 RUNAWAY = 64
 """Ids beyond max_new_tokens after which an answer is broken off."""
@@ -43,7 +46,19 @@ def unrestricted(wanted: GenerationRequest) -> GenerationRequest:
 
 
 def fitting(context: Context, wanted: GenerationRequest) -> GenerationRequest:
-    """The request without its restriction where the engine cannot restrict; stop ids stay."""
+    """The request as the engine can serve it; stop ids stay.
+
+    Without its restriction where the engine cannot restrict; where it holds a part of the vocabulary, that part stands
+    for the whole, and a request that needs others is a skip.
+    """
+    covered = context.covered
+    if covered is not None:
+        needed = candidate_ids(wanted.allowed, wanted.stop_ids)
+        if wanted.allowed is None:
+            wanted, needed = replace(wanted, allowed=context.engine.info.logit_ids), np.asarray(wanted.stop_ids)
+        foreign = np.setdiff1d(np.asarray(needed, np.int64), covered)
+        if len(foreign):
+            raise Skip(f"the engine has no logits of id {foreign[0]}")
     return wanted if "allowed" in context.engine.info.capabilities else unrestricted(wanted)
 
 

@@ -43,10 +43,10 @@ async def _run_prefixes(context: Context, case: Case) -> CaseResult:
     lengths = [length for length in case.spec["lengths"] if length <= len(ids)]
     ends = {length: list(range(max(0, length - ROWS), length)) for length in lengths}
     wanted = sorted(set().union(*ends.values()))
-    whole = dict(zip(wanted, await context.rows(ids, wanted), strict=True))
+    whole = dict(zip(wanted, context.cut(await context.rows(ids, wanted)), strict=True))
     expected, rows, worst = [], [], {}
     for length in lengths:
-        part = await context.rows(ids[:length], ends[length])
+        part = context.cut(await context.rows(ids[:length], ends[length]))
         reference = [whole[position] for position in ends[length]]
         worst[length] = compare_rows(reference, part).summary()["rel_l2_max"]
         expected.extend(reference)
@@ -74,7 +74,7 @@ async def _run_decode(context: Context, case: Case) -> CaseResult:
         at = list(range(len(prompt.ids) - 1, len(prompt.ids) - 1 + len(given.ids)))
         rows = await context.rows((*prompt.ids, *given.ids[:-1]), at)
         regrets.extend(_regret(row, token, wanted) for row, token in zip(rows, given.ids, strict=True))
-        bad = [step for step, row in enumerate(rows) if not np.isfinite(row).all()]
+        bad = [step for step, row in enumerate(context.cut(rows)) if not np.isfinite(row).all()]
         found.count(f"non_finite rows of {name}", [f"{name}: NaN or infinite logits at step {step}" for step in bad])
     worst = float(np.max(regrets)) if regrets else np.nan
     found.metrics.update({"tokens": float(len(regrets)), "regret_mean": float(np.mean(regrets)) if regrets else np.nan})
@@ -105,14 +105,14 @@ async def _run_forced(context: Context, case: Case) -> CaseResult:
     """
     found = Findings(case)
     margin = context.limits["regret_max"].value
-    path = spread_ids(case.spec["path"]["length"], case.spec["path"]["seed"], context.engine.info.vocab_size)
+    path = _path(context, case)
     complaints: list[str] = []
     checked = 0
     for name, prompt in context.prompts(case).items():
         for index, forced in enumerate(path):
             length = case.spec["lengths"][index % len(case.spec["lengths"])]
             row = await context.last_row((*prompt.ids, *(forced,) * length))
-            if not np.isfinite(row).all():
+            if not np.isfinite(context.cut(row)).all():
                 complaints.append(f"{name}: NaN or infinite logits after {length} times id {forced}")
                 continue
             for rival, must_win in _rivals(row, forced, margin):
@@ -124,6 +124,14 @@ async def _run_forced(context: Context, case: Case) -> CaseResult:
     found.check("competitions", checked, ">=", 1, "a case that compared nothing proves nothing")
     found.count("lost_competitions", complaints)
     return found.result()
+
+
+def _path(context: Context, case: Case) -> tuple[int, ...]:
+    """Ids to be forced, of those that the engine has."""
+    length, seed, covered = case.spec["path"]["length"], case.spec["path"]["seed"], context.covered
+    if covered is None:
+        return tuple(spread_ids(length, seed, context.engine.info.vocab_size))
+    return tuple(covered[list(spread_ids(length, seed, len(covered)))].tolist())
 
 
 def _rivals(row: NDArray[np.float32], forced: int, margin: float) -> list[tuple[int, bool]]:

@@ -10,13 +10,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from gpa_conformance.baseline import LogitsReference
 from gpa_conformance.cases import Case
-from gpa_conformance.context import Context
+from gpa_conformance.context import Context, Skip
+from gpa_conformance.coverage import comparable, cut_block
 from gpa_conformance.diagnosis import diagnose
 from gpa_conformance.families import suspects
 from gpa_conformance.families.findings import CONTRACT, Findings
 from gpa_conformance.metrics import LogitsComparison, LogitsMetrics
+from gpa_conformance.prompts import Prompt
 from gpa_conformance.reference_rows import FullRows
 from gpa_conformance.results import CaseResult
 from gpa_conformance.wire import WrongShape
@@ -45,13 +49,7 @@ async def run_prefill(context: Context, case: Case) -> CaseResult:
     except WrongShape as error:
         found.count("wrong_shape", [str(error)], CONTRACT)
         return found.result()
-    comparison = LogitsComparison(prompt.candidates())
-    done = 0
-    for block in reference.blocks(BLOCK):
-        count = len(block.positions)
-        comparison.add(block, rows[done : done + count])
-        done += count
-    metrics = comparison.result()
+    metrics = _compare(context, prompt, reference, rows)
     summary = metrics.summary()
     found.metrics.update(summary)
     found.add(context.limits.checks(summary))
@@ -62,6 +60,25 @@ async def run_prefill(context: Context, case: Case) -> CaseResult:
     if found.failed:
         found.complain(*diagnose(metrics, context.limits))
     return found.result()
+
+
+def _compare(context: Context, prompt: Prompt, reference: LogitsReference, rows: NDArray[np.float32]) -> LogitsMetrics:
+    """The engine's rows at the reference's positions, over the ids that both have."""
+    candidates, columns = prompt.candidates(), None
+    blocks = reference.blocks(BLOCK)
+    if context.covered is not None:
+        columns = comparable(next(reference.blocks(1)), context.covered, candidates)
+        if columns is None:
+            raise Skip("the baseline keeps too little of these rows for an engine with a part of the vocabulary")
+        blocks = (cut_block(block, columns) for block in blocks)
+        candidates = None if candidates is None else np.flatnonzero(np.isin(columns, candidates))
+    comparison = LogitsComparison(candidates if candidates is not None and len(candidates) else None)
+    done = 0
+    for block in blocks:
+        given = rows[done : done + len(block.positions)]
+        comparison.add(block, given if columns is None else given[:, columns])
+        done += len(given)
+    return comparison.result()
 
 
 def _ascend_row(case: Case, metrics: LogitsMetrics) -> dict[str, Any]:

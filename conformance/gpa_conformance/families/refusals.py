@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from gpa_codecs.errors import GpaError
 from gpa_conformance.cases import Case
 from gpa_conformance.context import Context
-from gpa_conformance.families.answers import Answer, answer, faults, request
+from gpa_conformance.families.answers import Answer, answer, faults, fitting, request
 from gpa_conformance.families.findings import Findings
 from gpa_conformance.isolation import EngineDied
 from gpa_engines.engine import GenerationRequest, SamplingParams
@@ -53,7 +53,7 @@ async def too_long(context: Context, case: Case, found: Findings) -> None:
     wanted, before = await _reference(context, case)
     positions = context.engine.info.max_context
     ids = (wanted.prompt_ids * (positions // len(wanted.prompt_ids) + 1))[: positions + 1]
-    answer_too_long = GenerationRequest(wanted.prompt_ids, SamplingParams(max_new_tokens=positions))
+    answer_too_long = dataclasses.replace(wanted, sampling=SamplingParams(max_new_tokens=positions))
     attempts = [
         (f"a prompt of {positions + 1} ids", _attempt(context, _with_prompt(wanted, ids))),
         (f"{len(wanted.prompt_ids)} ids and {positions} new tokens", _attempt(context, answer_too_long)),
@@ -85,7 +85,7 @@ async def close(context: Context, case: Case, found: Findings) -> None:
 async def _reference(context: Context, case: Case) -> tuple[GenerationRequest, Answer]:
     """A good request and its answer, to be repeated after the bad ones."""
     (prompt,) = context.prompts(case).values()
-    wanted = request(prompt, 4)
+    wanted = fitting(context, request(prompt, 4))
     return wanted, await answer(context.engine, wanted)
 
 

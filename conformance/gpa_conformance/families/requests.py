@@ -137,23 +137,27 @@ async def _repeated(context: Context, wanted: GenerationRequest, given: Answer, 
 async def allowed(context: Context, case: Case, found: Findings) -> None:
     """Nothing but allowed ids, whatever the restriction and however hot the sampling."""
     context.need("allowed")
-    size = context.engine.info.vocab_size
-    ranges: dict[str, tuple[range, ...]] = {
-        "one id": (range(size // 2, size // 2 + 1),),
-        "two ranges": (range(3, 11), range(size - 5, size)),
-    }
-    if context.space is not None:
-        families = {"glm": context.space.glm, "global": context.space.global_, "semantic": context.space.semantic}
-        ranges |= {f"the {name} ids": (family.range,) for name, family in families.items()}
+    restrictions = _restrictions(context)
     given: list[Answer] = []
     for prompt in context.prompts(case).values():
         sampling = SamplingParams(max_new_tokens=case.spec["new_tokens"], **case.spec["sampling"])
-        wanted = [GenerationRequest(prompt.ids, sampling, allowed=each) for each in ranges.values()]
+        wanted = [GenerationRequest(prompt.ids, sampling, allowed=each) for each in restrictions]
         wanted += [replace(each, sampling=replace(sampling, temperature=0.0)) for each in wanted]
         given += await answers(context.engine, wanted)
     found.metrics["answers"] = float(len(given))
     found.metrics["ids"] = float(sum(len(each.ids) for each in given))
     found.count("stream_faults", faults(given))
+
+
+def _restrictions(context: Context) -> list[tuple[range, ...]]:
+    """One id, two ranges, and each audio family, of the ids that the engine has."""
+    covered = context.covered
+    ids = np.arange(context.engine.info.vocab_size) if covered is None else covered
+    middle, first, last = (int(ids[at]) for at in (len(ids) // 2, 3, -5))
+    wanted = [(range(middle, middle + 1),), (range(first, first + 8), range(last, int(ids[-1]) + 1))]
+    if context.space is not None:
+        wanted += [(family.range,) for family in (context.space.glm, context.space.global_, context.space.semantic)]
+    return [parts for parts in wanted if all(np.isin(np.arange(part.start, part.stop), ids).all() for part in parts)]
 
 
 async def seed(context: Context, case: Case, found: Findings) -> None:
@@ -286,9 +290,18 @@ async def vocabulary(context: Context, case: Case, found: Findings) -> None:
     for name, prompt in context.prompts(case).items():
         try:
             rows = await context.rows(prompt.ids, range(len(prompt.ids)))
+            whole = await context.whole(prompt.ids)
         except WrongShape as error:
             found.count("wrong_shape", [f"{name}: {error}"])
             return
+        covered = context.covered
+        if covered is not None:
+            others = np.delete(rows, covered, axis=1)
+            found.check(f"logits of ids that {name} lacks", float((others != -np.inf).sum()), "==", 0)
+            rows, whole = context.cut(rows), context.cut(whole)
+        # Other cases ask for single rows where an engine offers them: these must be the rows of `logits`.
+        apart = float(np.nanmax(np.abs(whole - rows), initial=0.0)) / max(float(np.nanmax(np.abs(whole))), 1e-9)
+        found.check(f"logits_at of {name}", apart, "<=", context.limits["rel_l2_max"].value, context.limits.name)
         finite = np.isfinite(rows)
         found.check(f"non_finite of {name}", float(rows.size - finite.sum()), "==", 0, "a NaN is never right")
         if finite.all():

@@ -45,16 +45,21 @@ async def run(context: Context, case: Case) -> CaseResult:
     found = Findings(case)
     reference = context.baseline.suspect(case.id)
     along, size, non_finite = [], [], 0
+    known = np.ones(len(reference.columns), bool)
+    if context.covered is not None:
+        known = np.isin(reference.columns, context.covered)
+        if not known.any():
+            raise Skip("the engine has no logits of the ids that the baseline keeps")
     for number, ids in enumerate(reference.prompts):
         try:
             rows = await context.rows(ids, range(len(ids)))
         except WrongShape as error:
             found.count("wrong_shape", [str(error)], CONTRACT)
             return found.result()
-        given = rows[:, reference.columns].astype(np.float64)
+        given = rows[:, reference.columns[known]].astype(np.float64)
         non_finite += int((~np.isfinite(given)).sum())
-        direction = reference.direction[number].astype(np.float64)
-        along.append(float(((given - reference.logits[number]) * direction).sum()))
+        direction = reference.direction[number][:, known].astype(np.float64)
+        along.append(float(((given - reference.logits[number][:, known]) * direction).sum()))
         size.append(float((direction * direction).sum()))
     found.check("non_finite", non_finite, "==", 0, "a NaN is never right")
     if not found.failed:

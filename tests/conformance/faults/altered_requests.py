@@ -111,6 +111,14 @@ class LastRowOnly(Altered):
         return (await self.engine.logits(ids))[-1:]
 
 
+class RowsOneLater(Altered):
+    """Asked for single rows, it gives those of the positions after them."""
+
+    async def logits_at(self, ids: Sequence[int], positions: Sequence[int]) -> NDArray[np.float32]:
+        rows = await self.engine.logits(ids)
+        return rows[[min(position + 1, len(ids) - 1) for position in positions]]
+
+
 class AllowedIgnored(Altered):
     def read(self, request: GenerationRequest) -> GenerationRequest:
         return replace(request, allowed=None)

@@ -13,6 +13,7 @@ FAULTS = [
     Fault("OneNaN", "logits/ascend-1,contract/vocabulary", "non_finite", "the first at 5"),
     Fault("DoubleRows", "contract/vocabulary,logits/ascend-1", "wrong_shape", "expected float32"),
     Fault("LastRowOnly", "contract/vocabulary,logits/ascend-1", "wrong_shape", "expected float32["),
+    Fault("RowsOneLater", "contract/vocabulary,logits/ascend-1", "logits_at of"),
     Fault("AllowedIgnored", "contract/allowed,generate/tts", "stream_faults", "is not allowed"),
     Fault("AllowedReachesFurther", "contract/allowed", "stream_faults", "is not allowed"),
     Fault("OneTokenMore", "contract/max-new-tokens", "wrong_lengths", "18 ids, though max_new_tokens is 17"),
