@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpa_codecs.errors import RequestError
-from gpa_conformance.bench.codec import STAGES, Stage, StageResult
+from gpa_conformance.bench.codec import KINDS, STAGES, CodecKind, Stage, StageResult
 from gpa_conformance.bench.jobs import JOBS, Job
 from gpa_conformance.bench.machine import LoadMeter, checkpoint_facts, machine_facts, memory, usable_cores
 from gpa_conformance.bench.process import Child, ChildFailed
@@ -34,8 +34,10 @@ IDLE_SHARE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What `gpa-bench engine` was asked for. vs: the yardstick's name or None; vs_batches: the batches it runs too.
+    """What `gpa-bench engine` was asked for.
 
+    backends: names, or "name:dtype" for one that has dtypes of its own; the others run in each of `dtypes`. vs: the
+    yardstick's name or None; vs_batches: the batches it runs too. codecs: kinds in which the codec is measured.
     timeout: seconds for one answer of a child.
     """
 
@@ -47,7 +49,7 @@ class Settings:
     workload: Workload = field(default_factory=Workload)
     vs: str | None = None
     vs_batches: tuple[int, ...] = (1,)
-    codec: bool = True
+    codecs: tuple[CodecKind, ...] = ("torch",)
     jobs: bool = False
     timeout: float = 900.0
 
@@ -59,7 +61,13 @@ class Settings:
     @property
     def parts(self) -> tuple[Part, ...]:
         """What the checkpoint must hold."""
-        return PARTS if self.codec or self.jobs else ("lm", "tokenizer")
+        return PARTS if "torch" in self.codecs or self.jobs else ("lm", "tokenizer")
+
+    @property
+    def contenders(self) -> list[tuple[str, str]]:
+        """(backend, dtype) of every engine."""
+        split = [backend.partition(":") for backend in self.backends]
+        return [(name, own) for name, _, given in split for own in ((given,) if given else self.dtypes)]
 
     @property
     def codec_device(self) -> str:
@@ -68,8 +76,11 @@ class Settings:
 
     def check(self) -> None:
         """Raise GpaError for anything that can be known to be wrong before a model is loaded."""
-        for backend in self.backends:
+        for backend, _ in self.contenders:
             require_backend(backend)
+        for kind in self.codecs:
+            if kind not in KINDS:
+                raise RequestError(f"codec kind is {kind!r}; expected one of {', '.join(KINDS)}")
         if self.threads < 1:
             raise RequestError(f"threads is {self.threads}; expected at least 1")
         if not self.timeout > 0:
@@ -117,7 +128,7 @@ class Result:
         """Each failure with what failed."""
         return [
             *(f"{record.spec.name}: {record.failed}" for record in self.records if record.failed),
-            *(f"codec, {stage.stage}: {stage.failed}" for stage in self.stages if stage.failed),
+            *(f"codec in {stage.kind}, {stage.stage}: {stage.failed}" for stage in self.stages if stage.failed),
             *(f"{job.job} with {job.spec.name}: {job.failed}" for job in self.jobs if job.failed),
         ]
 
@@ -136,7 +147,7 @@ def run_benchmark(settings: Settings, progress: Progress) -> Result:
     facts = checkpoint_facts(checkpoint)
     notes: list[str] = []
     records = _race(settings, checkpoint, notes, progress)
-    stages = [_stage(settings, checkpoint, stage, progress) for stage in STAGES] if settings.codec else []
+    stages = [result for stage in STAGES for result in _stage(settings, checkpoint, stage, progress)]
     engines = [record.spec for record in records if record.spec.kind == "engine" and not record.failed]
     jobs = [_job(settings, checkpoint, spec, job, progress) for spec in engines for job in JOBS if settings.jobs]
     foreign_cores = meter.foreign_cores()
@@ -167,8 +178,7 @@ def _race(settings: Settings, checkpoint: Checkpoint, notes: list[str], progress
     with tempfile.TemporaryDirectory(prefix="gpa-bench-") as scratch, ExitStack() as children:
         specs = [
             ContenderSpec("engine", backend, dtype, settings.device, settings.threads)
-            for backend in settings.backends
-            for dtype in settings.dtypes
+            for backend, dtype in settings.contenders
         ]
         engines = [start(spec, settings.workload) for spec in specs]
         yardsticks = [start(spec, settings.yardstick_workload) for spec in _yardsticks(settings, engines)]
@@ -224,21 +234,46 @@ def _is_reference(record: Record) -> bool:
     return same and record.failed is None
 
 
-def _stage(settings: Settings, checkpoint: Checkpoint, stage: Stage, progress: Progress) -> StageResult:
-    progress(f"codec: {stage}")
-    values = {
-        "model": str(checkpoint.root),
-        "stage": stage,
-        "device": settings.codec_device,
-        "threads": settings.threads,
-    }
-    try:
-        with _child(settings, "codec", values) as child:
-            cold = child.ask("cold")
-            warm = tuple(child.ask("warm") for _ in range(settings.workload.repeats))
-    except ChildFailed as failure:
-        return StageResult(stage, failed=failure.reason)
-    return StageResult(stage, cold, warm)
+def _stage(settings: Settings, checkpoint: Checkpoint, stage: Stage, progress: Progress) -> list[StageResult]:
+    """One stage in every kind of codec; the warm calls take turns, so that what the machine does hits all alike."""
+    cold: dict[CodecKind, dict[str, Any]] = {}
+    warm: dict[CodecKind, list[dict[str, Any]]] = {kind: [] for kind in settings.codecs}
+    failed: dict[CodecKind, str] = {}
+
+    def ask(kind: CodecKind, call: str) -> dict[str, Any] | None:
+        try:
+            return children[kind].ask(call) if kind not in failed else None
+        except ChildFailed as failure:
+            failed[kind] = failure.reason
+            return None
+
+    with ExitStack() as stack:
+        children: dict[CodecKind, Child] = {}
+        for kind in settings.codecs:
+            progress(f"codec in {kind}: {stage}")
+            values = {
+                "model": str(checkpoint.root),
+                "stage": stage,
+                "kind": kind,
+                "device": settings.codec_device,
+                "threads": settings.threads,
+            }
+            try:
+                children[kind] = stack.enter_context(_child(settings, "codec", values))
+            except ChildFailed as failure:
+                failed[kind] = failure.reason
+            if answer := ask(kind, "cold"):
+                cold[kind] = answer
+        for _ in range(settings.workload.repeats):
+            for kind in settings.codecs:
+                if answer := ask(kind, "warm"):
+                    warm[kind].append(answer)
+    return [
+        StageResult(stage, kind, failed=failed[kind])
+        if kind in failed
+        else StageResult(stage, kind, cold[kind], tuple(warm[kind]))
+        for kind in settings.codecs
+    ]
 
 
 def _job(settings: Settings, checkpoint: Checkpoint, spec: ContenderSpec, job: Job, progress: Progress) -> JobResult:

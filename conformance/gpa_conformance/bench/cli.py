@@ -42,8 +42,13 @@ def _about() -> None:
 @app.command()
 def engine(
     model: Annotated[str, typer.Option(metavar="DIR", help="Checkpoint folder, hub id, or tiny-random.")],
-    backend: Annotated[list[str], typer.Option(help="Backend to measure; repeat for several.")] = ["torch"],  # noqa: B006
-    dtype: Annotated[list[str], typer.Option(help="Dtype of every backend; repeat for several.")] = ["float32"],  # noqa: B006
+    backend: Annotated[
+        list[str],
+        typer.Option(metavar="NAME[:DTYPE]", help="Backend to measure, e.g. torch, llama-cpp:q8_0; repeat."),
+    ] = ["torch"],  # noqa: B006
+    dtype: Annotated[
+        list[str], typer.Option(help="Dtype of every backend that is named without one; repeat for several.")
+    ] = ["float32"],  # noqa: B006
     vs: Annotated[str | None, typer.Option(metavar="transformers", help="Yardstick to run beside.")] = None,
     vs_batch: Annotated[list[int], typer.Option(help="Batch that the yardstick runs too.")] = [1],  # noqa: B006
     device: Annotated[str, typer.Option(help="Device of the engines, e.g. cpu or cuda.")] = "auto",
@@ -55,6 +60,9 @@ def engine(
     repeats: Annotated[int, typer.Option(help="Rounds.")] = 3,
     logit_positions: Annotated[int, typer.Option(help="Positions of the comparison of logits; 0: none.")] = 256,
     codec: Annotated[bool, typer.Option(help="Measure the stages of the codec.")] = True,
+    codec_in: Annotated[
+        list[str], typer.Option(metavar="torch|onnx", help="What the codec runs in; repeat for both, side by side.")
+    ] = ["torch"],  # noqa: B006
     jobs: Annotated[bool, typer.Option(help="Run a tts-a and an stt job per engine for their peak memory.")] = False,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest wait for one answer.")] = 900.0,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every sample here.")] = None,
@@ -75,7 +83,7 @@ def engine(
         workload=Workload(prompt_tokens, new_tokens, tuple(batch), tuple(head), repeats, logit_positions),  # pyright: ignore[reportArgumentType]
         vs=vs,
         vs_batches=tuple(vs_batch),
-        codec=codec,
+        codecs=tuple(dict.fromkeys(codec_in)) if codec else (),  # pyright: ignore[reportArgumentType]
         jobs=jobs,
         timeout=timeout,
     )

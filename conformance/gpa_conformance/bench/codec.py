@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -12,8 +13,13 @@ import numpy as np
 from gpa_codecs.audio import SAMPLE_RATE, Waveform
 from gpa_codecs.codec import HOP_LENGTH, VOICE_CARDINALITY, VOICE_LENGTH, SpeechCodec, Voice
 from gpa_conformance.bench.timing import peak_rss
-from gpa_engines.checkpoint import Checkpoint
-from gpa_engines.speech.loading import load_codec
+from gpa_engines.checkpoint.layout import BICODEC, GLM
+from gpa_engines.speech.codec_files import CodecFiles, TorchCodecFiles, find_codec_files
+
+CodecKind = Literal["torch", "onnx"]
+"""What the codec runs in: torch, or its export in ONNX Runtime."""
+
+KINDS: tuple[CodecKind, ...] = get_args(CodecKind)
 
 Stage = Literal["semantic", "glm", "voice", "decode"]
 """semantic, glm: a clip to codes. voice: a clip to its 32 global codes. decode: codes to audio."""
@@ -27,9 +33,9 @@ CLIP_SECONDS = 6.0
 class CodecStage:
     """One stage in this process. Its parts load at the first call, as they do for a user."""
 
-    def __init__(self, model: str, stage: Stage, device: str, threads: int) -> None:
+    def __init__(self, model: str, stage: Stage, kind: CodecKind, device: str, threads: int) -> None:
         started = time.perf_counter()
-        self._codec = load_codec(Checkpoint.open(model), device, threads)
+        self._codec = codec_files(Path(model), kind).load(device, threads)
         self._open_s = time.perf_counter() - started
         self._call = _stage_call(stage, self._codec)
 
@@ -52,6 +58,13 @@ class CodecStage:
 
     def close(self) -> dict[str, Any]:
         return {}
+
+
+def codec_files(model: Path, kind: CodecKind) -> CodecFiles:
+    """The codec of a checkpoint folder in one of its kinds. Raises GpaError where that is not there."""
+    if kind == "onnx":
+        return find_codec_files(model, prefer_torch=False, precision="auto")
+    return TorchCodecFiles(model / BICODEC, model / GLM)
 
 
 def _stage_call(stage: Stage, codec: SpeechCodec) -> Callable[[], object]:
@@ -84,6 +97,7 @@ class StageResult:
     """Every sample of one stage, or why there is none. Seconds; peak_rss in bytes, of the stage's own process."""
 
     stage: Stage
+    kind: CodecKind
     cold: dict[str, Any] | None = None
     warm: tuple[dict[str, Any], ...] = ()
     failed: str | None = None

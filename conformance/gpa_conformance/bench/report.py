@@ -5,7 +5,7 @@ Seconds, bytes and tokens throughout; a *spread* is {"median", "min", "max", "co
     format, version    "gpa-bench-engine", 1
     created            start of the run, ISO 8601 in UTC
     settings           what was asked for: model, backends, dtypes, device, threads, workload {prompt_tokens,
-                       new_tokens, batches, heads, repeats, logit_positions}, vs, vs_batches, codec, jobs, timeout
+                       new_tokens, batches, heads, repeats, logit_positions}, vs, vs_batches, codecs, jobs, timeout
     machine            cpu, cores, usable_cores, memory, system, python, packages {name: version or null},
                        foreign_cores: cores that other programs kept busy during the run, on average
     checkpoint         path, lm_bytes: size of the language model's weights, sha256 {file: hash}
@@ -24,9 +24,11 @@ Seconds, bytes and tokens throughout; a *spread* is {"median", "min", "max", "co
                        (same head), both taken within each round
         samples        every sample: {round, kind, batch, head, tokens, wall_s, cpu_s, tokens_per_s, peak_rss}
         logits         {rel_l2, worst_rel_l2, top1_agreement, positions} against torch float32 on the CPU, or null
-    codec              a list: {stage "semantic" | "glm" | "voice" | "decode", failed, audio_s, open_s, load_s, wall_s:
-                       spread, cpu_s: spread, wall_s_per_audio_s, cpu_s_per_audio_s, peak_rss, cold, warm}
-                       load_s: the first call less a warm one; cold, warm: the samples {wall_s, cpu_s, peak_rss}
+    codec              a list: {stage "semantic" | "glm" | "voice" | "decode", kind "torch" | "onnx", failed, audio_s,
+                       open_s, load_s, wall_s: spread, cpu_s: spread, wall_s_per_audio_s, cpu_s_per_audio_s, speed_up:
+                       spread or null, peak_rss, cold, warm}
+                       load_s: the first call less a warm one; cold, warm: the samples {wall_s, cpu_s, peak_rss};
+                       speed_up: how many times faster than torch, round by round
     jobs               a list: {job "tts-a" | "stt", name, failed, load_s, task_s, cpu_s, audio_s, prompt_tokens,
                        new_tokens, peak_rss_loaded, peak_rss}, each from a fresh process
     notes              what speaks against the figures, in words
@@ -59,7 +61,7 @@ def document(result: Result) -> dict[str, Any]:
         "machine": result.machine | {"foreign_cores": result.foreign_cores},
         "checkpoint": result.checkpoint,
         "contenders": [_contender(record, yardstick_of(record, result.records)) for record in result.records],
-        "codec": [_stage(stage) for stage in result.stages],
+        "codec": [_stage(stage, result.stages) for stage in result.stages],
         "jobs": [_job(job) for job in result.jobs],
         "notes": result.notes,
     }
@@ -134,11 +136,14 @@ def _spread(spread: Spread | None) -> dict[str, Any] | None:
     return {"median": spread.median, "min": spread.minimum, "max": spread.maximum, "count": spread.count}
 
 
-def _stage(stage: StageResult) -> dict[str, Any]:
+def _stage(stage: StageResult, stages: list[StageResult]) -> dict[str, Any]:
+    torch = next((each for each in stages if each.stage == stage.stage and each.kind == "torch"), stage)
+    pairs = [] if torch is stage else zip(torch.warm, stage.warm, strict=False)
     wall = Spread.of(sample["wall_s"] for sample in stage.warm)
     cpu = Spread.of(sample["cpu_s"] for sample in stage.warm)
     return {
         "stage": stage.stage,
+        "kind": stage.kind,
         "failed": stage.failed,
         "audio_s": CLIP_SECONDS,
         "open_s": stage.cold["open_s"] if stage.cold else None,
@@ -147,6 +152,7 @@ def _stage(stage: StageResult) -> dict[str, Any]:
         "cpu_s": _spread(cpu),
         "wall_s_per_audio_s": wall.median / CLIP_SECONDS if wall else None,
         "cpu_s_per_audio_s": cpu.median / CLIP_SECONDS if cpu else None,
+        "speed_up": _spread(Spread.of(theirs["wall_s"] / ours["wall_s"] for theirs, ours in pairs)),
         "peak_rss": stage.peak_rss,
         "cold": stage.cold,
         "warm": list(stage.warm),

@@ -76,19 +76,22 @@ def _costs(contenders: list[dict[str, Any]]) -> Table:
 
 
 def _codec(stages: list[dict[str, Any]]) -> Table:
-    columns = ("load, s", "wall, s", "CPU, s", "wall s per s of audio", "CPU s per s of audio", "peak RSS, GiB")
-    table = _table(f"codec, {stages[0]['audio_s']:g} s of audio, each stage in its own process", "stage", *columns)
+    columns = ("in", "load, s", "wall, s", "CPU, s", "wall s per s of audio", "CPU s per s of audio", "x torch")
+    title = f"codec, {stages[0]['audio_s']:g} s of audio, each stage in its own process"
+    table = _table(title, "stage", *columns, "peak RSS, GiB")
     for stage in stages:
         if stage["failed"]:
-            table.add_row(stage["stage"], Text(f"failed: {stage['failed']}", style="red"))
+            table.add_row(stage["stage"], stage["kind"], Text(f"failed: {stage['failed']}", style="red"))
             continue
         table.add_row(
             stage["stage"],
+            stage["kind"],
             _number(stage["load_s"], 2),
             _spread(stage["wall_s"], 3),
             _spread(stage["cpu_s"], 3),
             _number(stage["wall_s_per_audio_s"], 3),
             _number(stage["cpu_s_per_audio_s"], 3),
+            _spread(stage["speed_up"], 2) if stage["speed_up"] else "-",
             _gib(stage["peak_rss"]),
         )
     return table
