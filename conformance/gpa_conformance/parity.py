@@ -1,8 +1,12 @@
 """Parity of one kind of hardware, as tox and CI run it: `python -m gpa_conformance.parity cuda --out DIR`.
 
-Makes a baseline where none is given, runs the suite in every dtype that the hardware is used with, writes each report
-as JSON, Markdown and HTML, and the matrix of all. Where the hardware, its package or its backend is missing, it prints
-"skipped: reason" and ends with status 0; else with that of the runs.
+Makes a baseline where none is given, converts the model to the formats that the hardware's engine reads, runs the suite
+in every dtype that it is used with, writes each report as JSON, Markdown and HTML, and the matrix of all. Where the
+hardware, its package or its backend is missing, it prints "skipped: reason" and ends with status 0; else with that of
+the runs.
+
+`python -m gpa_conformance.parity reference --out DIR` prepares, where torch is, what the engines without torch are held
+against: the baseline, and the codec exported to ONNX. Give them `--reference DIR`.
 """
 
 from __future__ import annotations
@@ -15,66 +19,110 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from gpa_engines.hub import resolve_model
 from gpa_engines.registry import BACKENDS, backend_status
 
-FAILED = 1
+FAILED, MISUSE = 1, 2
+
+REFERENCE = "reference"
+
+CONVERTERS = Path("tools", "convert")
+"""Of the clone in whose folder this runs; the scripts are no part of the installed package."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One run of the suite. name: of its reports, and the dtype unless `dtype` says another. options: of the engine."""
+
+    name: str
+    dtype: str | None = None
+    options: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        dtype = self.name if self.dtype is None else self.dtype
+        return (*_options(dtype=dtype or None), *(word for each in self.options for word in ("--option", each)))
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """device: "" leaves the choice to the backend. dtypes: none runs the backend's own once."""
+    """device: "" leaves the choice to the backend. variants: none runs the backend's own dtype once.
+
+    conversions: command lines of scripts in `CONVERTERS`; {model} is the model's folder, {out} that of the reports.
+    """
 
     backend: str
     device: str = ""
-    dtypes: tuple[str, ...] = ()
+    variants: tuple[Variant, ...] = ()
+    conversions: tuple[tuple[str, ...], ...] = ()
 
 
 HARDWARE = {
-    "cpu": Hardware("torch", "cpu", ("float32", "bfloat16")),
-    "cuda": Hardware("torch", "cuda", ("float32", "bfloat16", "float16")),
+    "cpu": Hardware("torch", "cpu", (Variant("float32"), Variant("bfloat16"), Variant("int8"))),
+    "cuda": Hardware("torch", "cuda", (Variant("float32"), Variant("bfloat16"), Variant("float16"))),
     "ascend": Hardware("ascend"),
-    "mlx": Hardware("mlx"),
-    "llama-cpp": Hardware("llama-cpp"),
-    "onnx": Hardware("onnx"),
+    "mlx": Hardware(
+        "mlx",
+        variants=(
+            *(Variant(dtype) for dtype in ("float32", "float16", "bfloat16")),
+            *(Variant(f"mlx-{bits}bit", options=(f"weights={{out}}/mlx-{bits}bit",)) for bits in (8, 4)),
+        ),
+        conversions=tuple(
+            ("to_mlx.py", "{model}", "--out", f"{{out}}/mlx-{bits}bit", "--bits", str(bits)) for bits in (8, 4)
+        ),
+    ),
+    "llama-cpp": Hardware(
+        "llama-cpp",
+        variants=(
+            Variant("float32", options=("mode=exact",)),
+            Variant("float16", options=("mode=exact",)),
+            Variant("float16-fast", "float16", ("mode=fast",)),
+            Variant("q8_0"),
+        ),
+        conversions=tuple(("to_gguf.py", "{model}", "--outtype", outtype) for outtype in ("f32", "f16", "q8_0")),
+    ),
+    "onnx": Hardware(
+        "onnx",
+        variants=(Variant("float32"), Variant("float16"), Variant("int8")),
+        conversions=(
+            ("to_onnx.py", "{model}", "--what", "lm", *("--precision", "fp32", "--precision", "fp16"))
+            + ("--precision", "int8"),
+        ),
+    ),
     "vllm": Hardware("vllm"),
     "sglang": Hardware("sglang"),
 }
 
+CODEC_EXPORT = ("to_onnx.py", "{model}", "--what", "codec")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one hardware's parity and return the exit status."""
+    """Run one hardware's parity, or prepare the reference, and return the exit status."""
     parser = argparse.ArgumentParser("gpa_conformance.parity", description="the suite on one kind of hardware")
-    parser.add_argument("hardware", choices=HARDWARE)
+    parser.add_argument("hardware", choices=(*HARDWARE, REFERENCE))
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for reports and baseline")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="what the run of `reference` wrote")
     parser.add_argument("--model", default="tiny-random", help="checkpoint folder, hub id, or tiny-random")
     parser.add_argument("--baseline", metavar="DIR", help="made in --out where it is not given")
     parser.add_argument("--cases", metavar="A,B", help="families or case ids")
     parser.add_argument("--known-failures", metavar="FILE", help="a case id and a reason per line")
     given = parser.parse_args(arguments)
+    if given.hardware == REFERENCE:
+        return _prepare_reference(given)
     hardware = HARDWARE[given.hardware]
     if reason := unavailable(hardware):
         print(f"skipped: {reason}")
         return 0
     given.out.mkdir(parents=True, exist_ok=True)
-    baseline = given.baseline or str(given.out / "baseline")
-    chosen = _options(cases=given.cases)
-    if given.baseline is None and not Path(baseline).exists():
-        status = _conformance("baseline", "--model", given.model, "--out", baseline, *chosen)
-        if status:
-            return status
-    chosen += _options(known_failures=given.known_failures, device=hardware.device or None)
-    worst, reports = 0, []
-    for dtype in hardware.dtypes or (None,):
-        name = f"{given.hardware}-{dtype}" if dtype else given.hardware
-        outputs = {kind: str(given.out / f"{name}.{kind}") for kind in ("json", "html", "markdown")}
-        target = ("--model", given.model, "--backend", hardware.backend, "--baseline", baseline, *_options(dtype=dtype))
-        status = _conformance("run", *target, *chosen, *_options(**outputs))
-        worst = max(worst, status)
-        reports += [outputs["json"]] if status <= FAILED else []
-    if len(reports) > 1:
-        matrix = _options(html=str(given.out / f"{given.hardware}.html"))
-        worst = max(worst, _conformance("compare", *reports, *matrix))
-    return worst
+    if given.reference is not None:
+        given.baseline = given.baseline or str(given.reference / "baseline")
+        given.model = str(given.reference / "model")
+    if hardware.conversions:
+        given.model = str(_linked_model(given.model, given.out / "model"))
+    status, baseline = _baseline(given)
+    for command in hardware.conversions:
+        status = status or _convert(command, given)
+    return status or _run_all(hardware, given, baseline)
 
 
 def unavailable(hardware: Hardware) -> str:
@@ -87,6 +135,64 @@ def unavailable(hardware: Hardware) -> str:
     if hardware.device == "cuda" and not import_module("torch").cuda.is_available():
         return "torch sees no CUDA device"
     return ""
+
+
+def _prepare_reference(given: argparse.Namespace) -> int:
+    """OUT/model: the checkpoint with its codec exported beside it. OUT/baseline: the answers of torch in float32."""
+    given.out.mkdir(parents=True, exist_ok=True)
+    given.model = str(_linked_model(given.model, given.out / "model"))
+    status, _ = _baseline(given)
+    if status or (Path(given.model) / "onnx" / "codec").exists():
+        return status
+    return _convert(CODEC_EXPORT, given)
+
+
+def _run_all(hardware: Hardware, given: argparse.Namespace, baseline: str) -> int:
+    worst, reports = 0, []
+    common = _options(cases=given.cases, known_failures=given.known_failures, device=hardware.device or None)
+    for variant in hardware.variants or (Variant("", ""),):
+        name = f"{given.hardware}-{variant.name}" if variant.name else given.hardware
+        outputs = {kind: str(given.out / f"{name}.{kind}") for kind in ("json", "html", "markdown")}
+        target = ("--model", given.model, "--backend", hardware.backend, "--baseline", baseline)
+        engine = tuple(word.replace("{out}", str(given.out)) for word in variant.arguments)
+        status = _conformance("run", *target, *engine, *common, *_options(**outputs))
+        worst = max(worst, status)
+        reports += [outputs["json"]] if status <= FAILED else []
+    if len(reports) > 1:
+        matrix = _options(html=str(given.out / f"{given.hardware}.html"))
+        worst = max(worst, _conformance("compare", *reports, *matrix))
+    return worst
+
+
+def _baseline(given: argparse.Namespace) -> tuple[int, str]:
+    """(exit status, folder): the given baseline, one that an earlier run left, or a new one."""
+    baseline = given.baseline or str(given.out / "baseline")
+    if given.baseline is not None or Path(baseline).exists():
+        return 0, baseline
+    return _conformance("baseline", "--model", given.model, "--out", baseline, *_options(cases=given.cases)), baseline
+
+
+def _linked_model(model: str, folder: Path) -> Path:
+    """A folder of links to the model's files: what is converted into it does not land in the model's own folder."""
+    source = resolve_model(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        link = folder / path.name
+        # A folder of links for exports, so that others can be added beside them.
+        if path.name == "onnx" and path.is_dir():
+            _linked_model(str(path), link)
+        elif not link.exists():
+            link.symlink_to(path.resolve(), target_is_directory=path.is_dir())
+    return folder
+
+
+def _convert(command: Sequence[str], given: argparse.Namespace) -> int:
+    """Run a converter of this clone, writing anew what an earlier run wrote."""
+    script, *arguments = (word.replace("{model}", given.model).replace("{out}", str(given.out)) for word in command)
+    if not (CONVERTERS / script).is_file():
+        print(f"error: there is no {CONVERTERS / script} here; run in the folder of a clone", file=sys.stderr)
+        return MISUSE
+    return subprocess.run([sys.executable, str(CONVERTERS / script), *arguments, "--overwrite"], check=False).returncode
 
 
 def _options(**values: str | None) -> tuple[str, ...]:

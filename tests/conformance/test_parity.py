@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpa_conformance.parity import HARDWARE, main
+from gpa_conformance.parity import CONVERTERS, HARDWARE, main
 from gpa_conformance.results import RunReport
 from gpa_engines.registry import BACKENDS, Backend
 
@@ -25,6 +25,8 @@ def test_every_hardware_has_a_tox_environment_and_a_job() -> None:
     for name, hardware in HARDWARE.items():
         assert name in environments
         assert hardware.backend in BACKENDS
+        for script, *_ in hardware.conversions:
+            assert (ROOT / CONVERTERS / script).is_file()
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_cuda_without_a_device_is_skipped(
 def test_a_run_writes_the_reports_of_every_dtype_and_the_matrix(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["cpu", "--out", str(out), "--model", str(tiny_checkpoint), "--cases", "logits/ascend-1"]) == 0
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "int8"):
         report = RunReport.from_json(out / f"cpu-{dtype}.json")
         assert report.engine["dtype"] == dtype
         assert report.passed == 1
