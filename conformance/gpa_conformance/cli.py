@@ -79,7 +79,10 @@ def run(
     option: Annotated[list[str], typer.Option(metavar="KEY=VALUE", help="Another option of the engine; repeat.")] = [],  # noqa: B006
     cases: _Cases = None,
     codec: Annotated[
-        str | None, typer.Option(metavar="MODULE:FACTORY", help="Test this codec: factory(bicodec_dir, glm_dir).")
+        str | None,
+        typer.Option(
+            metavar="torch|onnx|MODULE:FACTORY", help="Test this codec: factory(bicodec_dir, glm_dir) (as installed)."
+        ),
     ] = None,
     limits: Annotated[Path | None, typer.Option(metavar="FILE", help="Other limits than the package's.")] = None,
     limits_as: Annotated[str | None, typer.Option(metavar="DTYPE", help="Use the limits of this dtype.")] = None,

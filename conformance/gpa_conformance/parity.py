@@ -29,6 +29,8 @@ REFERENCE = "reference"
 CONVERTERS = Path("tools", "convert")
 """Of the clone in whose folder this runs; the scripts are no part of the installed package."""
 
+PRECISIONS = ("fp32", "fp16", "int8")
+
 
 @dataclass(frozen=True, slots=True)
 class Variant:
@@ -85,8 +87,7 @@ HARDWARE = {
         "onnx",
         variants=(Variant("float32"), Variant("float16"), Variant("int8")),
         conversions=(
-            ("to_onnx.py", "{model}", "--what", "lm", *("--precision", "fp32", "--precision", "fp16"))
-            + ("--precision", "int8"),
+            ("to_onnx.py", "{model}", "--what", "lm", *(word for p in PRECISIONS for word in ("--precision", p))),
         ),
     ),
     "vllm": Hardware("vllm"),

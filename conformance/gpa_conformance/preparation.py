@@ -17,6 +17,7 @@ from gpa_conformance.target import load_attribute, split_path
 from gpa_engines.checkpoint import Checkpoint
 from gpa_engines.engine import Engine
 from gpa_engines.registry import BACKENDS, backend_status, create_engine
+from gpa_engines.speech.codec_files import TorchCodecFiles, find_codec_files
 from gpa_engines.speech.loading import load_codec, open_model
 
 REFERENCE = "torch"
@@ -38,17 +39,28 @@ def open_checkpoint(model: str) -> tuple[Checkpoint, str]:
 
 
 def find_codec(checkpoint: Checkpoint, problem: str, spec: str | None) -> tuple[OpenCodec | None, str]:
-    """What makes the codec, or None and the reason. spec: `package.module:factory` of (bicodec_dir, glm_dir)."""
+    """What makes the codec, or None and the reason.
+
+    spec: "torch", "onnx" (the export beside the checkpoint), or `package.module:factory` of (bicodec_dir, glm_dir);
+    None takes torch where it is installed, else the export.
+    """
     if problem:
         return None, problem
-    if spec is not None:
+    if spec not in (None, "torch", "onnx"):
         split_path("--codec", spec)
         factory = load_attribute("--codec", spec)
         return (lambda: _made_codec(factory, spec, checkpoint)), ""
-    status = backend_status(BACKENDS[REFERENCE])
-    if status.state != "ready":
-        return None, f"the codec needs torch: {status.remedy}"
-    return (lambda: load_codec(checkpoint)), ""
+    try:
+        files = find_codec_files(checkpoint.root, prefer_torch=True, precision="auto" if spec == "onnx" else None)
+    except (BackendError, CheckpointError) as error:
+        if spec is not None:
+            raise
+        return None, str(error)
+    if spec == "torch" and not isinstance(files, TorchCodecFiles):
+        raise BackendError(f"--codec torch needs torch: {backend_status(BACKENDS[REFERENCE]).remedy}")
+    if isinstance(files, TorchCodecFiles):
+        return (lambda: load_codec(checkpoint)), ""
+    return (lambda: files.load("cpu", None)), ""
 
 
 def _made_codec(factory: Callable[..., Any], spec: str, checkpoint: Checkpoint) -> SpeechCodec:

@@ -139,7 +139,7 @@ def test_an_exported_codec_is_found_by_each_of_its_folders(model: Path, installe
 
 def test_a_codec_without_its_package_says_what_to_do(model: Path, installed: set[str]) -> None:
     (model / "BiCodec").mkdir()
-    with pytest.raises(BackendError, match=r"gpa-engines\[torch\].*to_onnx.*--codec"):
+    with pytest.raises(BackendError, match=r"gpa-engines\[torch\].*to_onnx.*carry the folder onnx"):
         find_codec_files(model, prefer_torch=False)
     touch(model / "onnx" / "codec" / "manifest.json")
     with pytest.raises(BackendError, match=r"gpa-engines\[onnx\]"):
