@@ -95,8 +95,8 @@ def find_codec_files(
         return OnnxCodecFiles(exported, "auto")
     if own and not has_torch:
         raise BackendError(
-            f"the codec in {home / BICODEC} needs torch: pip install 'gpa-engines[torch]'; or export it where torch is, "
-            f"{EXPORT}, and carry the folder onnx here"
+            f"the codec in {home / BICODEC} needs torch: pip install 'gpa-engines[torch]'; or export it where torch "
+            f"is, {EXPORT}, and carry the folder onnx here"
         )
     return _torch_files(home, None, None)
 
