@@ -20,7 +20,7 @@ def main(source: str, target: str, file_type: str, threads: str) -> int:
     params = llama.llama_model_quantize_default_params()
     params.ftype = int(file_type)
     params.nthread = int(threads)
-    return llama.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
+    return llama.llama_model_quantize(source.encode(), target.encode(), ctypes.pointer(params))
 
 
 if __name__ == "__main__":

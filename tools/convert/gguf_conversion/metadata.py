@@ -84,6 +84,15 @@ def license_of(root: Path) -> str:
     return ""
 
 
+def hub_repository(root: Path) -> tuple[str, str, str] | None:
+    """Owner, name and revision where the folder is a download of huggingface_hub: models--OWNER--NAME/snapshots/REV."""
+    parts = root.resolve().parts
+    if len(parts) < 3 or parts[-2] != "snapshots":
+        return None
+    match = re.fullmatch(r"models--(.+?)--(.+)", parts[-3])
+    return (match[1], match[2], parts[-1]) if match else None
+
+
 def _beginning(path: Path) -> str:
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
@@ -99,11 +108,9 @@ def _general(source: Source, model_name: str, file_type: str) -> list[Entry]:
     if isinstance(random, dict):
         made = ", ".join(f"{key} {value}" for key, value in random.items())
         texts["description"] = f"random weights ({made}): whatever comes out is noise"
-    # huggingface_hub keeps what it downloads in models--OWNER--NAME/snapshots/REVISION.
-    parts = source.root.resolve().parts
-    if len(parts) > 2 and parts[-2] == "snapshots" and (hub := re.fullmatch(r"models--(.+?)--(.+)", parts[-3])):
-        texts["source.url"] = f"https://huggingface.co/{hub[1]}/{hub[2]}"
-        texts["source.repo_url"] = f"{texts['source.url']}/tree/{parts[-1]}"
+    if hub := hub_repository(source.root):
+        texts["source.url"] = f"https://huggingface.co/{hub[0]}/{hub[1]}"
+        texts["source.repo_url"] = f"{texts['source.url']}/tree/{hub[2]}"
     return [
         *(Entry(f"general.{key}", text, GGUFValueType.STRING) for key, text in texts.items() if text),
         Entry("general.file_type", number, GGUFValueType.UINT32),

@@ -5,15 +5,15 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from gpa_codecs.errors import BackendError, CheckpointError, GpaError
+from gpa_codecs.errors import BackendError, GpaError
 from gpa_codecs.files import why_not_writable
 from gpa_engines.backends.llama_cpp.gguf_file import BLOCKS, tensor_bytes
 from gpa_engines.backends.llama_cpp.gguf_model import GpaMetadata, Vocabulary
 
-from .metadata import Entry, entries, gpa_metadata
+from .metadata import Entry, entries, gpa_metadata, hub_repository
 from .quantizing import K_TYPES, require_llama_cpp
 from .source import EMBEDDINGS, HEAD, Source
 from .table import Table, is_table_of
@@ -80,17 +80,23 @@ class QuantizedFile:
 
     @property
     def fell_back(self) -> tuple[str, ...]:
-        return tuple(each.name for each in self.intermediate.tensors if _is_weight(each.shape) and each.shape[-1] % _K_ROW)
+        return tuple(
+            each.name for each in self.intermediate.tensors if _is_weight(each.shape) and each.shape[-1] % _K_ROW
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that one call writes. tables: before the files that need them. notes: what to tell the user."""
+    """Everything that one call writes, tables before the files that need them.
+
+    kept: tables that are there already and hold these embeddings. notes: what to tell the user.
+    """
 
     source: Source
     tables: tuple[Table, ...]
+    kept: tuple[Table, ...]
     files: tuple[SimpleFile | QuantizedFile, ...]
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
@@ -119,9 +125,7 @@ def make_plan(source: Source, choices: Choices) -> Plan:
 
     A K-quant of a model of which no row divides into llama.cpp's blocks is refused, naming the rows.
     """
-    model_name = choices.model_name or source.root.resolve().name
-    if not model_name or set(model_name) & set('/\\\0'):
-        raise GpaError(f"the model name is {model_name!r}; expected something that can begin a file name: --model-name")
+    model_name = _model_name(source, choices)
     types = _types(source, choices)
     folder, name = _target(source, choices, len(types) * len(choices.vocabularies))
     tokens = token_table(source) if "full" in choices.vocabularies else None
@@ -135,10 +139,28 @@ def make_plan(source: Source, choices: Choices) -> Plan:
             if table is not None:
                 tables[table.path] = table
             files.append(_file(source, path, file_type, vocab, model_name, table, tokens if vocab == "full" else None))
+    for file in files:
+        if isinstance(file, QuantizedFile):
+            _check_rows(file, source)
+    kept = tuple(each for each in tables.values() if not choices.overwrite and is_table_of(each))
+    new = tuple(each for each in tables.values() if each not in kept)
     notes = [tokens.note] if tokens and tokens.note else []
     notes += [_fallback_note(file) for file in files if file.fell_back]
-    plan = Plan(source, tuple(tables.values()), tuple(files), tuple(notes))
-    return _checked(plan, folder, choices.overwrite)
+    notes += [f"{each.path.name} is there already and holds these embeddings; it is kept" for each in kept]
+    plan = Plan(source, new, kept, tuple(files), tuple(notes))
+    _check_targets((*new, *files), choices.overwrite)
+    _check_disk(plan, folder)
+    return plan
+
+
+def _model_name(source: Source, choices: Choices) -> str:
+    name = choices.model_name
+    if name is None:
+        hub = hub_repository(source.root)
+        name = hub[1] if hub else source.root.resolve().name
+    if not name or set(name) & set("/\\\0"):
+        raise GpaError(f"the model name is {name!r}; expected something that can begin a file name: --model-name")
+    return name
 
 
 def _types(source: Source, choices: Choices) -> list[str]:
@@ -170,7 +192,7 @@ def _target(source: Source, choices: Choices, count: int) -> tuple[Path, str | N
 
 
 def _table(source: Source, folder: Path, model_name: str, file_type: str) -> Table:
-    """The embedding table: float16, which holds what bfloat16 and float16 weights do; exact only where F32 is wanted."""
+    """The embedding table: float16 holds what 16-bit weights do; float32 only where the file itself is exact."""
     dtype = "F32" if file_type == "F32" else "F16"
     path = folder / f"{model_name}-embeddings-{dtype.lower()}.safetensors"
     return Table(path, dtype, source.tensors[EMBEDDINGS], source.sha256, source.tokenizer_sha256)
@@ -220,40 +242,43 @@ def _items(entry: Entry) -> Iterator[object]:
 def _fallback_note(file: SimpleFile | QuantizedFile) -> str:
     block = _K_ROW if isinstance(file, QuantizedFile) else BLOCKS[file.file_type][0]
     return (
-        f"{file.path.name}: the rows of {len(file.fell_back)} tensors are no multiple of {block}; stored with more bits "
-        f"than {file.file_type}: {', '.join(_kinds(file.fell_back))}"
+        f"{file.path.name}: the rows of {len(file.fell_back)} tensors are no multiple of {block}; they take "
+        f"more bits than {file.file_type}: {', '.join(_kinds(file.fell_back))}"
     )
 
 
 def _kinds(names: Sequence[str]) -> list[str]:
     """Tensor names with those of equal layers taken together."""
     counts = Counter(name.split(".", 2)[2] if name.startswith("blk.") else name for name in names)
-    return [f"blk.*.{kind} ({count})" if count > 1 or f"blk.0.{kind}" in names else kind for kind, count in counts.items()]
+    return [
+        f"blk.*.{kind} ({count})" if count > 1 or f"blk.0.{kind}" in names else kind for kind, count in counts.items()
+    ]
 
 
-def _checked(plan: Plan, folder: Path, overwrite: bool) -> Plan:
-    for file in plan.files:
-        weights = [each for each in getattr(file, "intermediate", file).tensors if _is_weight(each.shape)]
-        if isinstance(file, QuantizedFile) and len(file.fell_back) == len(weights):
-            raise BackendError(
-                f"{file.file_type} stores rows in blocks of {_K_ROW}, and no tensor of {plan.source.root} has such rows: "
-                f"{', '.join(_kinds(file.fell_back))} (hidden_size {plan.source.config.hidden_size}, intermediate_size "
-                f"{plan.source.config.intermediate_size}); use --outtype q8_0"
-            )
-    targets = [*plan.tables, *plan.files]
+def _check_rows(file: QuantizedFile, source: Source) -> None:
+    """Refuse a K-quant in which not one tensor would be stored as such."""
+    weights = [each for each in file.intermediate.tensors if _is_weight(each.shape)]
+    if len(file.fell_back) == len(weights):
+        raise BackendError(
+            f"{file.file_type} stores rows in blocks of {_K_ROW}, and no tensor of {source.root} has such rows: "
+            f"{', '.join(_kinds(file.fell_back))} (hidden_size {source.config.hidden_size}, intermediate_size "
+            f"{source.config.intermediate_size}); use --outtype q8_0"
+        )
+
+
+def _check_targets(targets: Sequence[Table | SimpleFile | QuantizedFile], overwrite: bool) -> None:
     for target in targets:
         if (problem := why_not_writable(target.path)) is not None:
             raise GpaError(f"{target.path} cannot be written: {problem}")
-    tables = tuple(each for each in plan.tables if overwrite or not is_table_of(each))
-    existing = [each.path for each in (*tables, *plan.files) if each.path.exists()]
+    existing = [str(target.path) for target in targets if target.path.exists()]
     if existing and not overwrite:
-        raise GpaError(f"{', '.join(map(str, existing))} exists already; --overwrite replaces it")
-    notes = [f"{each.path.name} is there already and belongs to these weights; it is kept" for each in plan.tables if each not in tables]
-    plan = Plan(plan.source, tables, plan.files, (*plan.notes, *notes))
+        raise GpaError(f"{', '.join(existing)}: there already; --overwrite replaces what is there")
+
+
+def _check_disk(plan: Plan, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if plan.nbytes > free:
         raise GpaError(
-            f"{folder}: {plan.nbytes / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB free; free some, or name "
+            f"{folder}: {plan.nbytes / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB free; make room, or name "
             "another place with --outfile"
         )
-    return plan

@@ -20,7 +20,7 @@ from gpa_engines.backends.llama_cpp.gguf_model import FILE_TYPES
 K_TYPES = ("Q4_K_M", "Q5_K_M", "Q6_K")
 
 _CHILD = Path(__file__).with_name("llama_quantize.py")
-# llama.cpp's line for each tensor: "[   1/ 311]  token_embd.weight - [...], type = bf16, converting to q6_K .. size = ..."
+# llama.cpp's line for each tensor: "[   1/ 311]  token_embd.weight - [...], type = bf16, converting to q6_K .."
 _TENSOR = re.compile(r"\[\s*(\d+)/\s*(\d+)\]\s+(\S+)")
 
 

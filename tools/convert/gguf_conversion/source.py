@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,14 +115,13 @@ def _without_twins(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
     """A JSON object; of equal keys, which a parser would silently merge, the first is reported."""
     entries = dict(pairs)
     if len(entries) < len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
+        twin = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise CheckpointError(f"{file} has `{twin}` twice; download it again")
     return entries
 
 
 def _named(config: LMConfig, stored: Mapping[str, StoredTensor], root: Path) -> dict[str, StoredTensor]:
-    """GGUF name -> tensor, in llama.cpp's order, each known, there once, of the right shape and a dtype that is read."""
+    """GGUF name -> tensor, in llama.cpp's order: each known, there once, of the right shape and a readable dtype."""
     prefix = key_prefix(stored, _FIRST)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
     expected = model_tensors(config, config.vocab_size)

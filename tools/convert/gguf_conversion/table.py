@@ -12,13 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from gpa_codecs.errors import CheckpointError
-from gpa_codecs.files import replacing
 from gpa_engines.backends.llama_cpp.embedding_table import DTYPES, TENSOR, open_table, table_metadata
 
 from .tensors import StoredTensor, encode, row_blocks
-
-Rows = Callable[[str, int], None]
-"""Told a tensor's name and the bytes that were written of it since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +32,12 @@ class Table:
         return prod(self.embeddings.shape) * DTYPES[self.dtype].itemsize
 
 
-def write_table(table: Table, progress: Rows) -> None:
-    """Raises OSError, and CheckpointError for values beyond float16."""
-    with replacing(table.path) as file:
+def write_table(table: Table, path: Path, progress: Callable[[str, int], None]) -> None:
+    """Write the table to `path`; progress is told the tensor's name and the bytes that were added.
+
+    Raises OSError, and CheckpointError for values beyond float16.
+    """
+    with path.open("wb") as file:
         file.write(_header(table))
         for rows in row_blocks(table.embeddings.shape):
             content = encode(table.embeddings.read(rows), table.dtype, table.embeddings.name).tobytes()
@@ -47,30 +46,30 @@ def write_table(table: Table, progress: Rows) -> None:
 
 
 def is_table_of(table: Table) -> bool:
-    """Whether the file is there, whole, and says that it holds these embeddings."""
+    """Whether the file is there already, whole, and says that it holds these embeddings."""
     try:
-        _open(table)
+        _open(table, table.path)
     except CheckpointError:
         return False
     return True
 
 
-def differing_rows(table: Table) -> int:
-    """How many rows of the file are not what the checkpoint has."""
-    stored = _open(table)
+def differing_rows(table: Table, path: Path) -> int:
+    """How many rows of the file at `path` are not what the checkpoint has. Raises CheckpointError."""
+    stored = _open(table, path)
     return sum(
         int((stored[rows.start : rows.stop] != table.embeddings.read(rows).astype(stored.dtype)).any(axis=1).sum())
         for rows in row_blocks(table.embeddings.shape)
     )
 
 
-def _open(table: Table) -> np.ndarray:
+def _open(table: Table, path: Path) -> np.ndarray:
     rows, width = table.embeddings.shape
     stored = open_table(
-        table.path, shape=(rows, width), source_sha256=table.source_sha256, tokenizer_sha256=table.tokenizer_sha256
+        path, shape=(rows, width), source_sha256=table.source_sha256, tokenizer_sha256=table.tokenizer_sha256
     )
     if stored.dtype != DTYPES[table.dtype]:
-        raise CheckpointError(f"{table.path} is {stored.dtype}; expected {DTYPES[table.dtype]}")
+        raise CheckpointError(f"{path} is {stored.dtype}; expected {DTYPES[table.dtype]}")
     return stored
 
 

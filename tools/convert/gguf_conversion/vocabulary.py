@@ -20,7 +20,7 @@ from .source import Source
 
 _SPEECH: tuple[Task, ...] = ("tts-a", "vc")
 
-# How Qwen2 and later split text before byte pairs are merged (transformers' Qwen2Tokenizer), which llama.cpp calls qwen2.
+# How Qwen2 and Qwen3 split text before byte pairs are merged (transformers' Qwen2Tokenizer): llama.cpp's "qwen2".
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -98,12 +98,12 @@ def _pre_tokenizer(document: Mapping[str, Any]) -> tuple[str, str]:
         return "gpt-2", ""
     # llama.cpp does not load a name that it does not know.
     return "default", (
-        "tokenizer.json splits text in a way that llama.cpp has no known name for: its own programs would tokenize text "
-        "differently (gpa-engines does not use llama.cpp's tokenizer)"
+        "tokenizer.json splits text in a way that llama.cpp has no known name for: its own programs would tokenize "
+        "text differently (gpa-engines does not use llama.cpp's tokenizer)"
     )
 
 
 def _idle_merge(vocab: Mapping[str, int]) -> str:
-    """A merge that changes nothing: llama.cpp refuses byte pairs without any, and splits what is no token into bytes."""
+    """A merge that changes nothing, as llama.cpp refuses to have none; what is no token it splits into bytes again."""
     letters = [text for text in vocab if len(text.encode()) == 1]
     return next(f"{left} {right}" for left in letters for right in letters if left + right not in vocab)

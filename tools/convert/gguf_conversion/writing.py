@@ -1,9 +1,9 @@
-"""Writing what was planned: each file grows under another name beside its target and takes the name when it is whole."""
+"""Writing what was planned: a file grows beside its target, under another name, until it is whole."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gguf
@@ -19,34 +19,32 @@ from .table import Table, write_table
 from .tensors import encode, encoded_shape, row_blocks
 
 Progress = Callable[[str, str, int, int], None]
-"""Called as progress(file, tensor, bytes of the file that are done, bytes in all); while llama.cpp quantises, tensors."""
+"""Called as progress(file, tensor, bytes that are done, bytes in all); tensors, while llama.cpp quantises."""
 
 Inspection = Callable[[SimpleFile | QuantizedFile | Table, Path], None]
 """Called with a target and the file that is about to take its name; what it raises keeps the file from being there."""
 
 
-def write_plan(plan: Plan, progress: Progress, inspect: Inspection, log: Callable[[str], None]) -> list[Path]:
-    """Write every file of a plan; returns their paths. log: told llama.cpp's lines.
+def write_plan(plan: Plan, progress: Progress, inspect: Inspection, log: Callable[[str], None]) -> Iterator[Path]:
+    """Write every file of a plan, and yield its path once it has its name. log: told llama.cpp's lines.
 
     Raises GpaError, and whatever `inspect` raises; files that were finished before stay.
     """
-    written: list[Path] = []
     for target in (*plan.tables, *plan.files):
+        counted = _counted(target.path.name, target.nbytes, progress)
         try:
-            if isinstance(target, Table):
-                _write_table(target, progress, inspect)
-            else:
-                with replacing_path(target.path) as path:
-                    if isinstance(target, QuantizedFile):
-                        _quantize(target, path, progress, log)
-                    else:
-                        write_simple(target, path, _counted(target.path.name, target.nbytes, progress))
-                    inspect(target, path)
+            with replacing_path(target.path) as path:
+                if isinstance(target, Table):
+                    write_table(target, path, counted)
+                elif isinstance(target, SimpleFile):
+                    write_simple(target, path, counted)
+                else:
+                    _quantize(target, path, progress, log)
+                inspect(target, path)
         except OSError as error:
             reason = error.strerror or str(error)
             raise GpaError(f"{target.path} could not be written: {reason}; nothing is left of it") from error
-        written.append(target.path)
-    return written
+        yield target.path
 
 
 def write_simple(file: SimpleFile, path: Path, progress: Callable[[str, int], None]) -> None:
@@ -73,7 +71,7 @@ def write_simple(file: SimpleFile, path: Path, progress: Callable[[str, int], No
 
 
 def _encoded(tensor: PlannedTensor) -> np.ndarray:
-    """The whole tensor as it stands in the file, made in blocks of rows: float32 of all would be several times larger."""
+    """A tensor as it stands in the file, made in blocks of rows: all of it in float32 would be far larger."""
     shape, dtype = encoded_shape(tensor.shape, tensor.type)
     content = np.empty(shape, dtype)
     at = 0
@@ -91,11 +89,6 @@ def _quantize(file: QuantizedFile, path: Path, progress: Progress, log: Callable
         write_simple(simple, whole, _counted(f"{file.path.name} ({simple.file_type})", simple.nbytes, progress))
         name = file.path.name
         quantize(whole, path, file.file_type, lambda tensor, done, total: progress(name, tensor, done, total), log)
-
-
-def _write_table(table: Table, progress: Progress, inspect: Inspection) -> None:
-    write_table(table, _counted(table.path.name, table.nbytes, progress))
-    inspect(table, table.path)
 
 
 def _counted(name: str, total: int, progress: Progress) -> Callable[[str, int], None]:
