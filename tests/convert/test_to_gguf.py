@@ -14,7 +14,7 @@ from gpa_engines.backends.llama_cpp.embedding_table import open_table
 from gpa_engines.backends.llama_cpp.gguf_model import GgufModel
 from gpa_engines.random_checkpoint import make_checkpoint
 from gpa_engines.text import text_tokens
-from tests.convert.gguf_checkpoints import change_config, float32_weights, shard, write_language_model
+from tests.convert.gguf_checkpoints import change_config, change_tokenizer, float32_weights, shard, write_language_model
 from tests.convert.to_gguf_process import to_gguf
 
 gguf = pytest.importorskip("gguf", reason="converting to GGUF needs gguf")
@@ -180,6 +180,18 @@ def test_a_qwen_tokenizer_is_named_as_llama_cpp_names_it(tmp_path: Path) -> None
     assert header.text("tokenizer.ggml.pre") == "qwen2"
     assert header.count("tokenizer.ggml.merges") == 128
     assert "random weights" in header.text("general.description")
+
+
+def test_an_unknown_way_to_split_text_is_noted(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    pattern = {"type": "Split", "pattern": {"Regex": r"\w+|\W"}, "behavior": "Isolated", "invert": False}
+    whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    splitter = {"type": "Sequence", "pretokenizers": [pattern, whole]}
+    model = write_language_model(tmp_path / "other", tiny_checkpoint)
+    change_tokenizer(model, lambda document: document.update(pre_tokenizer=splitter))
+    done = to_gguf(model, "--verify")
+    assert done.returncode == 0, done.stderr
+    assert "note: tokenizer.json splits text" in done.stderr
+    assert GgufModel.open(model / "other-F16.gguf").header.text("tokenizer.ggml.pre") == "default"
 
 
 def test_states_a_licence_that_the_checkpoint_states(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpa_codecs.errors import BackendError, GpaError
+from gpa_codecs.errors import GpaError
 from tests.convert.gguf_checkpoints import (
     change_config,
     change_tokenizer,
@@ -28,7 +28,7 @@ from tests.convert.to_gguf_process import command, environment, to_gguf
 
 pytest.importorskip("gguf", reason="converting to GGUF needs gguf")
 
-from tools.convert.gguf_conversion import plan, quantizing
+from tools.convert.gguf_conversion import plan
 from tools.convert.gguf_conversion.plan import Choices, make_plan
 from tools.convert.gguf_conversion.source import open_source
 from tools.convert.gguf_conversion.writing import write_plan
@@ -190,12 +190,13 @@ def test_rows_that_do_not_divide_are_named(tiny_checkpoint: Path, out: Path) -> 
     assert "hidden_size 64" in words
 
 
-def test_k_quants_say_that_they_need_llama_cpp(
-    tiny_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(quantizing, "find_spec", lambda name: None)
-    with pytest.raises(BackendError, match=r"pip install 'gpa-engines\[llama-cpp\]'"):
-        make_plan(open_source(tiny_checkpoint), Choices(out, quantize="Q6_K"))
+def test_says_which_package_is_missing(tiny_checkpoint: Path, out: Path) -> None:
+    no_llama = to_gguf(tiny_checkpoint, "--outfile", out, "--quantize", "Q6_K", without="llama_cpp")
+    no_gguf = to_gguf(tiny_checkpoint, "--outfile", out, without="gguf")
+    assert (no_llama.returncode, no_gguf.returncode) == (2, 2)
+    assert "pip install 'gpa-engines[llama-cpp]'" in no_llama.stderr
+    assert "pip install gguf" in no_gguf.stderr
+    assert not list(out.iterdir())
 
 
 def test_a_disk_that_is_too_small_is_told_before_writing(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from gpa_engines.backends.llama_cpp.gguf_file import read_header
 from gpa_engines.backends.llama_cpp.gguf_model import GgufModel
@@ -18,9 +19,9 @@ from tests.convert.to_gguf_process import to_gguf
 
 pytest.importorskip("gguf", reason="converting to GGUF needs gguf")
 
-from tools.convert.gguf_conversion import verifying
+from tools.convert.gguf_conversion import session, verifying, writing
 from tools.convert.gguf_conversion.forward import reference_logits
-from tools.convert.gguf_conversion.plan import Choices, make_plan
+from tools.convert.gguf_conversion.plan import Choices, SimpleFile, make_plan
 from tools.convert.gguf_conversion.source import open_source
 from tools.convert.gguf_conversion.verifying import verify
 from tools.convert.gguf_conversion.writing import write_plan
@@ -80,6 +81,12 @@ def test_a_right_file_passes_with_llama_cpps_logits(
     assert ("all 5141 texts" in done.stderr) == (vocab == "full")
 
 
+def test_says_that_logits_were_not_compared_without_llama_cpp(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    done = to_gguf(tiny_checkpoint, "--outfile", tmp_path, "--vocab", "speech", "--verify", without="llama_cpp")
+    assert done.returncode == 0, done.stderr
+    assert "skipped logits: not compared: llama-cpp-python is not installed" in done.stderr
+
+
 def overwrite(old: bytes, new: bytes) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         content = path.read_bytes()
@@ -137,6 +144,21 @@ def test_a_file_that_fails_is_not_left(tiny_checkpoint_copy: Path, tmp_path: Pat
     assert done.stdout == ""
 
 
+def test_a_file_that_cannot_be_read_again_fails_too(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_simple = writing.write_simple
+
+    def write_half(file: SimpleFile, path: Path, progress: Callable[[str, int], None]) -> None:
+        write_simple(file, path, progress)
+        os.truncate(path, path.stat().st_size // 2)
+
+    monkeypatch.setattr(writing, "write_simple", write_half)
+    console = Console(stderr=True)
+    assert session.convert(tiny_checkpoint, Choices(tmp_path), console, check=True, verbose=False) is True
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("quantize", ["Q4_K_M", "Q5_K_M", "Q6_K"])
 def test_k_quants_of_rows_that_divide(tiny_checkpoint: Path, tmp_path: Path, quantize: str) -> None:
     pytest.importorskip("llama_cpp", reason="K-quants are made by llama-cpp-python")
@@ -144,11 +166,14 @@ def test_k_quants_of_rows_that_divide(tiny_checkpoint: Path, tmp_path: Path, qua
         tmp_path / "wide", tiny_checkpoint, hidden_size=256, intermediate_size=512, head_dim=64
     )
     before = {file.name for file in model.iterdir()}
-    done = to_gguf(model, "--quantize", quantize, "--vocab", "all", "--verify")
+    vocab = "all" if quantize == "Q4_K_M" else "full"
+    done = to_gguf(model, "--quantize", quantize, "--vocab", vocab, "--verify")
     assert done.returncode == 0, done.stderr
     assert "no multiple" not in done.stderr
-    new = {f"wide{part}-{quantize}.gguf" for part in ("", "-speech", "-text")}
-    assert {file.name for file in model.iterdir()} - before == {*new, "wide-embeddings-f16.safetensors"}
+    new = {f"wide-{quantize}.gguf"}
+    if vocab == "all":
+        new |= {f"wide-speech-{quantize}.gguf", f"wide-text-{quantize}.gguf", "wide-embeddings-f16.safetensors"}
+    assert {file.name for file in model.iterdir()} - before == new
     opened = GgufModel.open(model / f"wide-{quantize}.gguf")
     assert opened.file_type == quantize
     assert {each.type for each in opened.header.tensors.values() if len(each.shape) > 1} <= {"Q4_K", "Q5_K", "Q6_K"}
