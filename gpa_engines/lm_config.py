@@ -42,6 +42,10 @@ class LMConfig:
             raise CheckpointError(f"{source}: attention_bias is true; GPA's Qwen3 has no attention biases")
         if values.get("use_sliding_window"):
             raise CheckpointError(f"{source}: use_sliding_window is true; only full attention is supported")
+        if other := set(values.get("layer_types") or ()) - {"full_attention"}:
+            raise CheckpointError(
+                f"{source}: layer_types has {min(map(str, other))!r}; only full attention is supported"
+            )
         if values.get("hidden_act", "silu") != "silu":
             raise CheckpointError(f"{source}: hidden_act is {values['hidden_act']!r}; expected 'silu'")
         sizes = (

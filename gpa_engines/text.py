@@ -74,9 +74,14 @@ def text_request(space: TokenSpace, prompt: str, **overrides: Unpack[SamplingOve
     if not prompt:
         raise TokenError("the prompt is empty; expected at least one character")
     ids = tuple(space.encode_text(prompt))
+    stop_ids, ranges = text_tokens(space)
+    return GenerationRequest(ids, text_sampling(overrides), stop_ids, ranges)
+
+
+def text_tokens(space: TokenSpace) -> tuple[tuple[int, ...], tuple[range, ...]]:
+    """What a completion consists of: (stop ids, ranges of the ids that it may hold)."""
     end = space.find(END_OF_TEXT)
-    stop_ids = (space.control.im_end,) if end is None else (space.control.im_end, end)
-    return GenerationRequest(ids, text_sampling(overrides), stop_ids, space.text_ranges)
+    return (space.control.im_end,) if end is None else (space.control.im_end, end), space.text_ranges
 
 
 def complete(

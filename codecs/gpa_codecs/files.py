@@ -31,18 +31,26 @@ def replacing(path: str | os.PathLike[str]) -> Generator[BinaryIO, None, None]:
     It grows beside `path`. Whatever ends the block early, Ctrl-C included, removes it, and an existing file keeps its
     content. A symbolic link is followed: what it points to is replaced. Raises OSError.
     """
+    with replacing_path(path) as temporary, temporary.open("wb") as file:
+        yield file
+
+
+@contextmanager
+def replacing_path(path: str | os.PathLike[str]) -> Generator[Path, None, None]:
+    """As `replacing`, for what writes files by name: the block is given the name of an empty file to write into."""
     target = Path(os.path.realpath(path))
     # A name may have 255 bytes; the temporary one needs some of them.
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:32]}.", dir=target.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name[:32]}.", dir=target.parent)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
+        os.close(handle)
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, _default_mode())
         os.replace(temporary, target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

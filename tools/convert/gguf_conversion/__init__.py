@@ -1,0 +1,1 @@
+"""From a checkpoint in the released layout to GGUF files for llama.cpp, without torch."""
