@@ -43,9 +43,7 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("torch", "CPU, CUDA, Apple MPS", "gpa_engines.backends.torch", ("torch",), "torch"),
-        Backend(
-            "llama-cpp", "CPU and GPU, GGUF files", "gpa_engines.backends.llama_cpp", ("llama_cpp",), "llama-cpp"
-        ),
+        Backend("llama-cpp", "CPU and GPU, GGUF files", "gpa_engines.backends.llama_cpp", ("llama_cpp",), "llama-cpp"),
         Backend("mlx", "Apple silicon; Linux CPU", "gpa_engines.backends.mlx", ("mlx",), "mlx"),
         Backend("onnx", "CPU, ONNX Runtime", "gpa_engines.backends.onnx", ("onnxruntime",), "onnx"),
         Backend("vllm", "CUDA servers; CPU"),
