@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from gpa_engines.backends.mlx.model import Qwen3
 from gpa_engines.backends.mlx.weights import WeightFolder, check_origin
 from gpa_engines.engine import EngineInfo, check_ids
 from gpa_engines.step_engine import StepEngine
-from gpa_engines.step_model import CandidateSet, Slot, SlotRequest, StepRow
+from gpa_engines.step_model import CandidateSet, Slot, SlotRequest, StepInterrupted, StepRow
 
 CAPABILITIES = frozenset(("logits", "batch", "allowed", "seed", "chunked_prefill"))
 
@@ -29,7 +30,8 @@ CAPABILITIES = frozenset(("logits", "batch", "allowed", "seed", "chunked_prefill
 class MlxStepModel:
     """A :class:`~gpa_engines.step_model.StepModel` in MLX, whose weights are read by `load`.
 
-    MLX's streams belong to a thread: `load` and `step` are called on the same one.
+    MLX's streams belong to a thread: `load` and `step` are called on the same one. On a CPU, where a step may take many
+    seconds, it can be broken off after every layer; on a GPU a whole step is handed over at once.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class MlxStepModel:
         self.device = DEVICES[device]
         self.format = WeightFormat(compute, folder.quantization, transposed=device == "cpu")
         self.limits = limits or MemoryLimits()
+        self.interrupted = threading.Event()
         self.cache = KVCache(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, max_tokens, compute)
 
     def load(self) -> None:
@@ -84,12 +87,25 @@ class MlxStepModel:
         positions = [at for row in rows for at in range(row.start, row.start + len(row.ids))]
         if max(positions) >= self.max_context:
             raise RequestError(f"position {max(positions)} is beyond the model's {self.max_context}")
-        with mx.stream(self.device):
-            plan = RowPlan(self.cache, [Span(row.slot, row.start, len(row.ids)) for row in rows])
-            hidden = self.model.forward(mx.array(ids), mx.array(positions), plan)
-            groups = self._logits(rows, hidden)
-            mx.eval([logits for _, logits in groups], [self.cache.arrays(row.slot) for row in rows])
+        try:
+            with mx.stream(self.device):
+                plan = RowPlan(self.cache, [Span(row.slot, row.start, len(row.ids)) for row in rows])
+                hidden = self.model.forward(mx.array(ids), mx.array(positions), plan, self._after_layer)
+                groups = self._logits(rows, hidden)
+                mx.eval([logits for _, logits in groups], [self.cache.arrays(row.slot) for row in rows])
+        finally:
+            self.interrupted.clear()
         return _sort_by_row(rows, groups)
+
+    def interrupt(self) -> None:
+        """See :class:`~gpa_engines.step_model.Interruptible`; between two steps it ends the next one early."""
+        self.interrupted.set()
+
+    def _after_layer(self, hidden: mx.array) -> None:
+        if self.device == mx.cpu:
+            mx.eval(hidden)
+            if self.interrupted.is_set():
+                raise StepInterrupted("the step was broken off between two layers")
 
     def _logits(self, rows: Sequence[StepRow], hidden: mx.array) -> list[tuple[list[int], mx.array]]:
         """The rows that want the same columns are multiplied together: (their numbers, float32[n, R])."""

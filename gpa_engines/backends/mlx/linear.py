@@ -82,8 +82,9 @@ class WeightFormat:
             layer = QuantizedLinear(self.widen(stored), self.quantization)
             mx.eval(layer.weight.arrays)
             return layer
-        weight = stored.weight.astype(self.compute)
-        matrix = mx.contiguous(weight.T) if self.transposed else weight
+        # Turned before it is widened: that takes the least memory.
+        matrix = mx.contiguous(stored.weight.T) if self.transposed else stored.weight
+        matrix = matrix.astype(self.compute)
         mx.eval(matrix)
         return DenseLinear(matrix if self.transposed else matrix.T)
 

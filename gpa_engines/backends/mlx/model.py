@@ -6,6 +6,7 @@ attention run in the weight format's compute dtype.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -44,9 +45,12 @@ class Qwen3:
         self.rotation = _rotary_tables(config, positions)
         mx.eval(self.embedding.arrays, self.head_weight.arrays, self.final_norm, self.rotation)
 
-    def forward(self, ids: mx.array, positions: mx.array, plan: RowPlan) -> mx.array:
+    def forward(
+        self, ids: mx.array, positions: mx.array, plan: RowPlan, after_layer: Callable[[mx.array], None]
+    ) -> mx.array:
         """ids, positions: int32[M] -> float32[M, hidden], before the final norm.
 
+        after_layer: is given every layer's result, which it may evaluate; what it raises ends the pass.
         MLX checks neither: an id or position beyond its table reads whatever is in memory there.
         """
         config, compute = self.config, self.format.compute
@@ -63,6 +67,7 @@ class Qwen3:
             hidden = hidden + layer.output(x).astype(mx.float32)
             gate, up = mx.split(layer.gate_up(self.normalize(hidden, layer.mlp_norm)), 2, axis=1)
             hidden = hidden + layer.down(gate * mx.sigmoid(gate) * up).astype(mx.float32)
+            after_layer(hidden)
         return hidden
 
     def normalize(self, hidden: mx.array, weight: mx.array) -> mx.array:

@@ -7,17 +7,19 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from gpa_codecs.errors import RequestError
-from gpa_engines.step_model import CandidateSet, StepRow
+from gpa_engines.step_model import CandidateSet, Interruptible, StepInterrupted, StepRow
 from tests.engines.generating import allocate, every_row, load_model, relative_l2
 
 mx = pytest.importorskip("mlx.core", reason="needs mlx")
 
+from gpa_engines.backends.mlx.attention import RowPlan  # noqa: E402
 from gpa_engines.backends.mlx.device import choose_dtype  # noqa: E402
 from gpa_engines.backends.mlx.engine import MlxStepModel  # noqa: E402
 from gpa_engines.backends.mlx.kv_cache import KVCache  # noqa: E402
@@ -243,6 +245,34 @@ def test_a_position_beyond_the_slot_is_refused(model_of: Callable[[str], MlxStep
     with pytest.raises(IndexError, match="has 4 positions; 5 are needed"):
         model.step([StepRow(slot, [1, 2, 3, 4, 5], 0)])
     model.release(slot)
+
+
+def test_a_step_that_was_broken_off_may_be_repeated(
+    model_of: Callable[[str], MlxStepModel], ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of("float32")
+    assert isinstance(model, Interruptible)
+    expected = logits(model, ids, cuts=(64,))
+    slot = allocate(model, LENGTH)
+    (first,) = model.step([every_row(slot, ids[:64], 0)])
+    attend, layers = RowPlan.attend, []
+
+    def attend_and_interrupt(plan: RowPlan, layer: int, *arrays: Any) -> Any:
+        layers.append(layer)
+        if layer == 1:
+            model.interrupt()
+        return attend(plan, layer, *arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowPlan, "attend", attend_and_interrupt)
+        with pytest.raises(StepInterrupted):
+            model.step([every_row(slot, [7] * (LENGTH - 64), 64)])
+    assert layers == [0, 1]
+    (second,) = model.step([every_row(slot, ids[64:], 64)])
+    model.release(slot)
+    assert first is not None
+    assert second is not None
+    np.testing.assert_array_equal(np.concatenate([first, second]), expected)
 
 
 def test_a_decode_step_writes_the_cache_in_place(tiny_checkpoint: Path) -> None:
