@@ -11,7 +11,7 @@ import pytest
 
 from gpa_codecs.errors import CheckpointError
 from gpa_engines.backends.mlx import create_engine
-from gpa_engines.checkpoint import Checkpoint
+from gpa_engines.checkpoint import Checkpoint, inspect_checkpoint
 from tests.backends.mlx.conftest import change_config
 
 mx = pytest.importorskip("mlx.core", reason="needs mlx")
@@ -157,6 +157,14 @@ def test_a_folder_that_mlx_lm_made_is_loaded(quantized_copy: Path) -> None:
     change_config(quantized_copy, gpa=None)
     info = create_engine(quantized_copy).info
     assert (info.dtype, info.tokenizer_sha256) == ("mlx-8bit", "")
+
+
+def test_the_checkpoint_report_says_what_the_weights_are_for(quantized: Callable[[int], Path]) -> None:
+    findings = [each for each in inspect_checkpoint(quantized(8)).findings if each.part == "lm"]
+    assert [each.text for each in findings if each.level == "warning"] == [
+        "the weights are quantised for MLX; no other backend reads them"
+    ]
+    assert {each.level for each in findings} == {"ok", "warning"}
 
 
 def test_the_checkpoint_checks_know_quantised_weights(quantized_copy: Path) -> None:
