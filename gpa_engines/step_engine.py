@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,8 +25,9 @@ class StepEngine:
     """An Engine over a step model. Any number of threads and event loops may use one.
 
     prefill_chunk: prompt tokens per step; smaller stalls running requests less, larger reads a prompt faster.
-    on_start: runs first on the engine's thread, for settings that belong to a thread. memory_meter: of the device, None
-    where the process's memory is all there is.
+    on_start: runs first on the engine's thread, for settings and weights that belong to a thread; the engine is made
+    once it has returned, and not at all if it raises. memory_meter: of the device, None where the process's memory is
+    all there is.
     """
 
     def __init__(
@@ -41,10 +43,14 @@ class StepEngine:
         self._memory_meter = memory_meter
         self._max_tokens = model.max_tokens
         self._scheduler = Scheduler(model, prefill_chunk, f"gpa-engine-{info.backend}")
-        if on_start is not None:
-            self._scheduler.post(on_start)
         # Also runs when the interpreter exits: a daemon thread must not be inside a kernel while that happens.
         self._finalizer = weakref.finalize(self, Scheduler.stop, self._scheduler)
+        if on_start is not None:
+            try:
+                _run_on(self._scheduler, on_start)
+            except BaseException:
+                self._finalizer()
+                raise
 
     @property
     def info(self) -> EngineInfo:
@@ -134,6 +140,20 @@ class StepEngine:
                 f"the request needs {needed} positions; max_tokens_in_flight is {self._max_tokens}: "
                 f"{advice} or raise max_tokens_in_flight"
             )
+
+
+def _run_on(scheduler: Scheduler, function: Callable[[], None]) -> None:
+    """Run `function` on the scheduler's thread, wait for it, and raise what it raised."""
+    outcome: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    scheduler.post(run)
+    outcome.result()
 
 
 def _resolve(future: asyncio.Future[Any], outcome: object, error: Exception | None) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gpa_codecs.bicodec.config import BiCodecConfig
+from gpa_codecs.config_file import ConfigFile
 from gpa_codecs.errors import CheckpointError
 from gpa_codecs.glm_tokenizer.config import GlmFeatureConfig, GlmTokenizerConfig
 from gpa_codecs.vocabulary import TokenSpace
@@ -25,6 +26,7 @@ from gpa_codecs.weights import (
     weight_files,
 )
 from gpa_engines.checkpoint.layout import Layout, Part, require_file
+from gpa_engines.checkpoint.mlx_quantization import Quantization
 from gpa_engines.lm_config import LMConfig
 
 Config = TypeVar("Config")
@@ -146,10 +148,26 @@ def _check_lm_weights(layout: Layout) -> None:
     tensors = _weights("lm", layout)
     config = optional(lm_config, layout)
     if tensors is not None and config is not None:
-        _compare(tensors, _lm_shapes(config), layout.root)
+        quantization = Quantization.from_config(ConfigFile.read(layout.root / "config.json"))
+        check_lm_tensors(tensors, config, quantization, layout.root)
 
 
-def _lm_shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
+def check_lm_tensors(
+    tensors: Mapping[str, TensorSpec], config: LMConfig, quantization: Quantization | None, folder: Path
+) -> dict[str, str]:
+    """Where each tensor of the language model is: its name of `lm_shapes` (and MLX's companions) -> its stored name.
+
+    Raises CheckpointError for the first one that is missing or of another shape than the configuration says.
+    """
+    shapes = lm_shapes(config)
+    prefix = key_prefix(tensors, next(iter(shapes)))
+    if quantization is not None:
+        shapes = quantization.shapes(shapes, {name.removeprefix(prefix) for name in tensors})
+    _compare(tensors, shapes, folder)
+    return {name: prefix + name for name in shapes}
+
+
+def lm_shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the language model under transformers' names; a tied head is not stored."""
     hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim

@@ -174,7 +174,10 @@ def _notes(layout: Layout, config: LMConfig | None, random_weights: Mapping[str,
             text = f"{name} is missing; gpa-engines does not need it, transformers and vLLM do"
             notes.append(Finding("warning", "tokenizer", name, text))
     dtypes = _dtypes(_tensors(layout.root))
-    if config is not None and dtypes:
+    packed = "U32" in dtypes
+    if packed:
+        notes.append(Finding("warning", "lm", "", "the weights are quantised for MLX; no other backend reads them"))
+    if config is not None and dtypes and not packed:
         most = max(dtypes, key=lambda dtype: dtypes[dtype])
         if _TORCH_DTYPES.get(most, most) != config.dtype:
             text = f"config.json says {config.dtype}, but the weights are stored as {_TORCH_DTYPES.get(most, most)}"

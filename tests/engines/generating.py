@@ -128,6 +128,6 @@ class WatchedModel:
         self.after_step(rows, results)
         return results
 
-    def engine(self, prefill_chunk: int = 64) -> StepEngine:
+    def engine(self, prefill_chunk: int = 64, on_start: Callable[[], None] | None = None) -> StepEngine:
         info = EngineInfo("torch", "cpu", "float32", self.vocab_size, self.max_context, CAPABILITIES)
-        return StepEngine(info, self, prefill_chunk=prefill_chunk)
+        return StepEngine(info, self, prefill_chunk=prefill_chunk, on_start=on_start)

@@ -17,7 +17,7 @@ import anyio
 import numpy as np
 import pytest
 
-from gpa_codecs.errors import CapacityError, RequestError
+from gpa_codecs.errors import CapacityError, CheckpointError, RequestError
 from gpa_engines.engine import TokenDelta
 from gpa_engines.step_engine import StepEngine
 from gpa_engines.step_model import StepRow
@@ -346,6 +346,27 @@ def test_call_runs_between_steps_and_hands_back_what_it_raises(watched: WatchedM
         await engine.close()
 
     asyncio.run(main())
+
+
+def test_what_runs_first_is_done_when_the_engine_is_made(watched: WatchedModel) -> None:
+    ran_on: list[threading.Thread] = []
+    engine = watched.engine(on_start=lambda: ran_on.append(threading.current_thread()))
+    assert len(ran_on) == 1
+    asyncio.run(engine.logits([1, 2]))
+    assert ran_on == [watched.thread]
+    asyncio.run(engine.close())
+
+
+def test_what_runs_first_and_fails_leaves_no_engine_and_no_thread(watched: WatchedModel) -> None:
+    ran_on: list[threading.Thread] = []
+
+    def fail() -> None:
+        ran_on.append(threading.current_thread())
+        raise CheckpointError("the weights are damaged")
+
+    with pytest.raises(CheckpointError, match="the weights are damaged"):
+        watched.engine(on_start=fail)
+    assert not ran_on[0].is_alive()
 
 
 def test_an_idle_engine_uses_no_processor_time(watched: WatchedModel) -> None:
