@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gpa_codecs.errors import BackendError, CheckpointError
 from gpa_codecs.weights import weight_files
+from gpa_engines.checkpoint.mlx_quantization import KEY
 from gpa_engines.registry import BACKENDS, backend_status, require_backend
 
 AUTO = "auto"
@@ -76,22 +77,22 @@ def _has_gguf(folder: Path) -> bool:
 def _has_weights(folder: Path) -> bool:
     """Weights as released, which torch and MLX read."""
     try:
-        return bool(weight_files(folder)) and not _is_quantized(folder)
+        return bool(weight_files(folder)) and not is_quantized(folder)
     except CheckpointError:
         return False
 
 
 def _has_mlx_weights(folder: Path) -> bool:
-    return _has_weights(folder) or _is_quantized(folder)
+    return _has_weights(folder) or is_quantized(folder)
 
 
-def _is_quantized(folder: Path) -> bool:
+def is_quantized(folder: Path) -> bool:
     """Whether the folder was written by tools/convert/to_mlx.py, or by mlx-lm, with quantised weights."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and "quantization" in config
+    return isinstance(config, dict) and config.get(KEY) is not None
 
 
 def _has_onnx(folder: Path) -> bool:

@@ -85,13 +85,14 @@ class Limits:
 METRICS = frozenset(
     (
         *("non_finite", "rel_l2", "rel_l2_max", "cosine", "cosine_min", "top1", "top5"),
+        "parting_in_top5",
         *("kl_mean", "kl_p99", "kl_max", "kl_allowed_mean", "kl_allowed_p99", "kl_allowed_max"),
         *("regret_max", "regret_allowed_max", "delta_logp_max", "scale_error_max", "offset_max"),
         *("semantic_agreement", "voice_agreement", "glm_agreement", "snr_db", "log_mel", "stream_error"),
         *("significance",),
     )
 )
-"""Every metric that a set may limit: those of `gpa_conformance.metrics`, then the codec's and the sampling family's."""
+"""What a set may limit: partings of answers, `gpa_conformance.metrics`, then the codec and sampling families'."""
 
 
 def load_limits(path: str | Path | None = None) -> Limits:

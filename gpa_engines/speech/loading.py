@@ -12,7 +12,7 @@ from gpa_codecs.codec import SpeechCodec
 from gpa_codecs.errors import CheckpointError
 from gpa_codecs.prompts import Task
 from gpa_codecs.vocabulary import TokenSpace
-from gpa_engines.backend_choice import AUTO, Choice, choose_backend
+from gpa_engines.backend_choice import AUTO, Choice, choose_backend, is_quantized
 from gpa_engines.checkpoint import PARTS, TASK_PARTS, Checkpoint, Part
 from gpa_engines.engine import Engine, EngineInfo
 from gpa_engines.hub import resolve_model
@@ -90,6 +90,8 @@ def find_model(
         )
     needed: set[Part] = {"tokenizer"}
     if not require_backend(choice.name).own_format:
+        if is_quantized(folder):
+            raise CheckpointError(f"{folder} holds weights quantised for MLX, which only backend 'mlx' can read")
         needed.add("lm")
     if isinstance(files, TorchCodecFiles):
         needed |= set(parts) & set(CODEC_PARTS)

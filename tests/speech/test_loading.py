@@ -101,6 +101,10 @@ def test_auto_follows_the_format(model: Path, installed: set[str]) -> None:
     touch(model / "model.safetensors")
     touch(model / "config.json", json.dumps({"quantization": {"bits": 8}}))
     assert choose_backend(model).name == "mlx"
+    touch(model / "tokenizer.json")
+    (model / "BiCodec").mkdir()
+    with pytest.raises(CheckpointError, match="quantised for MLX, which only backend 'mlx' can read"):
+        find_model(model, backend="torch")
 
 
 def test_an_empty_folder_is_left_to_the_checkpoints_own_checks(model: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpa_conformance.cases import Case
-from gpa_conformance.context import Context
+from gpa_conformance.context import Context, Skip
 from gpa_conformance.families.answers import answer, faults, fitting, request
 from gpa_conformance.families.findings import Findings
 from gpa_conformance.families.logits import compare_rows
@@ -120,6 +120,8 @@ async def _run_forced(context: Context, case: Case) -> CaseResult:
                 complaint = await _compete(context, prompt, forced, length, rival, must_win)
                 if complaint:
                     complaints.append(f"{name}: {complaint}; the prefill says otherwise by over {margin:.2g} nats")
+    if not checked and not complaints:
+        raise Skip(f"no two ids are further apart than the dtype's regret limit allows ({margin:g} nats)")
     found.metrics["competitions"] = checked
     found.check("competitions", checked, ">=", 1, "a case that compared nothing proves nothing")
     found.count("lost_competitions", complaints)
