@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from gpa_engines.checkpoint import CheckpointReport
+    from gpa_engines.conversions import Conversion
 
 SCHEMA = "gpa-doctor/1"
 
@@ -53,7 +55,8 @@ def doctor(
 ) -> DoctorOptions:
     """Check a checkpoint and explain it: parts, sizes, dtypes, token offsets, and what is missing.
 
-    No weights are loaded. Exit status 0 means that every task can run, 1 that something is wrong.
+    Conversions beside it (GGUF files, ONNX exports) are listed, and stand in for parts that are missing. No weights are
+    loaded. Exit status 0 means that every task can run, 1 that something is wrong.
     """
     return DoctorOptions(model, bicodec, glm_tokenizer, tokenizer, json, verbose)
 
@@ -64,29 +67,58 @@ def examine(options: DoctorOptions) -> int:
     from gpa_engines.cli.backends import stdout_console
     from gpa_engines.cli.output import print_json
     from gpa_engines.cli.usage import require_model
+    from gpa_engines.conversions import find_conversions
     from gpa_engines.hub import resolve_model
+    from gpa_engines.speech.loading import model_folder
 
+    path = resolve_model(require_model(options.model))
+    root = model_folder(path)
     report = inspect_checkpoint(
-        resolve_model(require_model(options.model)),
+        root,
         bicodec=options.bicodec,
         glm_tokenizer=options.glm_tokenizer,
         tokenizer=options.tokenizer,
     )
+    conversions = find_conversions(root)
+    missing = _still_missing(report, conversions)
     if options.json:
-        print_json({"schema": SCHEMA, **report.as_dict()})
+        found = [conversion.as_dict() for conversion in conversions]
+        tasks = [task for task, parts in missing.items() if not parts]
+        print_json({"schema": SCHEMA, **report.as_dict(), "conversions": found, "missing": missing, "tasks": tasks})
     else:
-        _show(report, stdout_console(), options.verbose)
-    return 0 if report.ok else WRONG
+        _show(report, conversions, missing, stdout_console(), options.verbose)
+    damaged = any(conversion.problem for conversion in conversions)
+    return WRONG if damaged or any(missing.values()) else 0
 
 
-def _show(report: CheckpointReport, console: Console, verbose: bool) -> None:
+def _still_missing(report: CheckpointReport, conversions: Sequence[Conversion]) -> dict[str, list[str]]:
+    """Per task the parts that neither the checkpoint nor a conversion has."""
+    from gpa_engines.checkpoint import TASK_PARTS
+    from gpa_engines.checkpoint.layout import PART_NAMES
+
+    def replaced(task: str, name: str) -> bool:
+        parts = {part for each in conversions if task in each.tasks for part in each.parts}
+        return any(PART_NAMES[part] == name for part in parts if part in TASK_PARTS[task])
+
+    return {task: [name for name in names if not replaced(task, name)] for task, names in report.missing.items()}
+
+
+def _show(
+    report: CheckpointReport,
+    conversions: Sequence[Conversion],
+    missing: Mapping[str, Sequence[str]],
+    console: Console,
+    verbose: bool,
+) -> None:
     _line(console, f"checkpoint {report.root}", "bold")
     if report.components:
         _show_parts(report, console, verbose)
     if report.families:
         _show_tokens(report, console, verbose)
-    _show_findings(report, console, verbose)
-    _show_tasks(report, console)
+    if conversions:
+        _show_conversions(conversions, console)
+    _show_findings(report, conversions, console, verbose)
+    _show_tasks(missing, console)
 
 
 def _show_parts(report: CheckpointReport, console: Console, verbose: bool) -> None:
@@ -131,7 +163,23 @@ def _show_tokens(report: CheckpointReport, console: Console, verbose: bool) -> N
         _line(console, "control: " + ", ".join(f"{name} {token}" for name, token in report.control.items()))
 
 
-def _show_findings(report: CheckpointReport, console: Console, verbose: bool) -> None:
+def _show_conversions(conversions: Sequence[Conversion], console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("also here")
+    table.add_column("size", justify="right")
+    table.add_column("what")
+    for conversion in conversions:
+        table.add_row(Text(conversion.path), Text(_bytes(conversion.size)), Text(conversion.content))
+    console.print()
+    console.print(table)
+
+
+def _show_findings(
+    report: CheckpointReport, conversions: Sequence[Conversion], console: Console, verbose: bool
+) -> None:
     styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
     passed = sum(finding.level == "ok" for finding in report.findings)
     checked = sum(finding.level != "warning" for finding in report.findings)
@@ -145,13 +193,16 @@ def _show_findings(report: CheckpointReport, console: Console, verbose: bool) ->
         _line(console, f"{finding.level}: ", styles[finding.level], finding.text + where)
         if finding.level != "ok":
             said.add(finding.text)
+    for conversion in conversions:
+        if conversion.problem:
+            _line(console, "error: ", styles["error"], conversion.problem)
 
 
-def _show_tasks(report: CheckpointReport, console: Console) -> None:
+def _show_tasks(missing: Mapping[str, Sequence[str]], console: Console) -> None:
     console.print()
-    for task, missing in report.missing.items():
-        if missing:
-            _line(console, f"{task:6}", "bold", f"cannot run: see the errors about {' and '.join(missing)}")
+    for task, parts in missing.items():
+        if parts:
+            _line(console, f"{task:6}", "bold", f"cannot run: see the errors about {' and '.join(parts)}")
         else:
             _line(console, f"{task:6}", "bold", "can run")
 
