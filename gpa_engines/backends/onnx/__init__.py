@@ -25,7 +25,8 @@ def create_engine(
         CUDAExecutionProvider and so on. "auto" is the CPU. Nothing but the CPU has been verified, and keys and values
         stay in the host's memory, so that another device reads them over its bus in every step.
     dtype: "float32", "float16", "int8" as exported, or "auto", the most exact one that was. float16 weights take half
-        the disk and are expanded to float32 when they are loaded; int8 is the fast and the small one.
+        the disk and are expanded to float32 when they are loaded; int8 is the fast and the small one, from ONNX Runtime
+        1.25 on (older ones have no kernel for it: right, but eight times slower).
     threads: compute threads of this engine; None lets ONNX Runtime choose, one per physical core.
     max_tokens_in_flight: positions of prompt and answer that all running requests together may hold; one costs 224 KiB
         at the released size, taken when first used.

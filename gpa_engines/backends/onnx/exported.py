@@ -105,10 +105,9 @@ class ExportedLM:
 def command(model_dir: Path, precision: str | None) -> str:
     """What to type to export a checkpoint."""
     option = "" if precision is None else f" --precision {precision}"
-    # The folder of the checkpoint itself, if this is the one that was exported into.
-    source = (
-        model_dir.parent if model_dir.name == "onnx" and (model_dir.parent / "config.json").is_file() else model_dir
-    )
+    # The checkpoint's own folder, if this is the one in it that was exported into.
+    nested = model_dir.name == "onnx" and (model_dir.parent / "config.json").is_file()
+    source = model_dir.parent if nested else model_dir
     return f"python tools/convert/to_onnx.py {source} --what lm{option}"
 
 
@@ -117,8 +116,8 @@ def _read_manifest(folder: Path, root: Path) -> ConfigFile:
     found = (manifest.values.get("format"), manifest.values.get("version"))
     if found != (FORMAT, VERSION):
         raise CheckpointError(
-            f"{manifest.source}: format and version are {found[0]!r} and {found[1]!r}; this version of gpa-engines reads "
-            f"{FORMAT!r} and {VERSION}: convert again ({command(root, None)})"
+            f"{manifest.source}: format and version are {found[0]!r} and {found[1]!r}; this version of gpa-engines "
+            f"reads {FORMAT!r} and {VERSION}: convert again ({command(root, None)})"
         )
     return manifest
 
@@ -160,9 +159,9 @@ def _check_same_model(config: LMConfig, root: Path, folder: Path) -> None:
 def _check_files(folder: Path, files: ConfigFile, root: Path, precision: str) -> None:
     for name in files.values:
         entry = files.section(name)
-        expected, path = entry.integer("bytes"), folder / name
         if Path(name).name != name:
             raise CheckpointError(f"{files.source}: {name!r} is not the name of a file")
+        expected, path = entry.integer("bytes"), folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, but {MANIFEST} names it: {command(root, precision)}")
         size = path.stat().st_size

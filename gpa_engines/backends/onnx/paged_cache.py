@@ -72,7 +72,9 @@ class PagedCache:
 
         exclusive: copy pages together rather than show others between them; pays where many queries read them.
         """
-        pages = [self._holdings[slot].pages[: -(-length // self.page)] for slot, length in zip(slots, lengths)]
+        pages = [
+            self._holdings[slot].pages[: -(-length // self.page)] for slot, length in zip(slots, lengths, strict=True)
+        ]
         every = [page for row in pages for page in row]
         if not every:
             return self._empty_view(len(slots))
@@ -87,7 +89,7 @@ class PagedCache:
         owner = np.zeros(count, np.int64)
         ownership = np.zeros((len(slots), count), np.float32)
         mask = np.full((count, self.page), -np.inf, np.float32)
-        for row, (held, length) in enumerate(zip(pages, lengths)):
+        for row, (held, length) in enumerate(zip(pages, lengths, strict=True)):
             for place, page in enumerate(held):
                 owner[at[page]] = row
                 ownership[row, at[page]] = 1
@@ -102,7 +104,7 @@ class PagedCache:
         keys: float32[R, kv_heads, layers, D, S]; values: float32[R, kv_heads, layers, S, D].
         """
         count = keys.shape[-1]
-        for row, (slot, start) in enumerate(zip(slots, starts)):
+        for row, (slot, start) in enumerate(zip(slots, starts, strict=True)):
             held = self._hold(slot, start + count)
             done = 0
             while done < count:
@@ -130,11 +132,8 @@ class PagedCache:
 
     def _close_gaps(self) -> None:
         """Move every page in use down to where the one before it ends."""
-        used = sorted(
-            (page, place, holding.pages)
-            for holding in self._holdings.values()
-            for place, page in enumerate(holding.pages)
-        )
+        holdings = self._holdings.values()
+        used = sorted((page, place, held.pages) for held in holdings for place, page in enumerate(held.pages))
         for target, (page, place, pages) in enumerate(used):
             if target != page:
                 self._keys[:, target] = self._keys[:, page]

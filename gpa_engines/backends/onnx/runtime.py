@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,12 @@ def device_of(provider: str) -> str:
     return provider.removesuffix("ExecutionProvider").lower()
 
 
+def has_int8_kernels() -> bool:
+    """Whether this ONNX Runtime multiplies 8-bit weights as they are; versions before 1.25 expand them each time."""
+    major, minor = (int(part) for part in ort.__version__.split(".")[:2])
+    return (major, minor) >= (1, 25)
+
+
 class Session:
     """A loaded graph. Arrays go in and come out without a copy on the CPU."""
 
@@ -78,6 +84,8 @@ class Run:
     def __init__(self) -> None:
         self.options = ort.RunOptions()
         self.options.log_severity_level = _FATAL
+        # What a long prompt took for its intermediate results is given back.
+        self.options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def stop(self) -> None:
         """Let the run fail at its next operator."""
@@ -93,7 +101,3 @@ def wrap(value: Any) -> Any:
     if isinstance(value, ort.OrtValue):
         return value
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
-
-
-def wrap_all(values: Sequence[NDArray[Any]]) -> list[Any]:
-    return [wrap(value) for value in values]

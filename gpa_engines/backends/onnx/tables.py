@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +56,7 @@ class Table:
         return self.rows(np.arange(count))
 
 
-def _map(path: Path) -> NDArray[np.generic]:
+def _map(path: Path) -> NDArray[Any]:
     try:
         return np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:

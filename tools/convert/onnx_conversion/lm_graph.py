@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -36,11 +36,11 @@ class Graph:
         self.outputs: list[onnx.ValueInfoProto] = []
         self._constants: dict[tuple[str, bytes, tuple[int, ...]], str] = {}
 
-    def add(self, operator: str, *inputs: str, **attributes: object) -> str:
+    def add(self, operator: str, *inputs: str, **attributes: Any) -> str:
         """Append a node with one output and return the output's name."""
         return self.add_many(operator, 1, *inputs, **attributes)[0]
 
-    def add_many(self, operator: str, count: int, *inputs: str, **attributes: object) -> list[str]:
+    def add_many(self, operator: str, count: int, *inputs: str, **attributes: Any) -> list[str]:
         """Append a node with `count` outputs and return their names."""
         stem = f"{operator}.{len(self.nodes)}"
         outputs = [stem] if count == 1 else [f"{stem}.{index}" for index in range(count)]
@@ -60,11 +60,9 @@ class Graph:
             self.initializers.append(numpy_helper.from_array(array, self._constants[key]))
         return self._constants[key]
 
-    def external(
-        self, name: str, array_type: int, shape: tuple[int, ...], location: str, offset: int, size: int
-    ) -> str:
+    def external(self, name: str, kind: int, shape: tuple[int, ...], location: str, offset: int, size: int) -> str:
         """A weight that lies at `offset` of the file `location` beside the graph, `size` bytes long."""
-        tensor = TensorProto(name=name, data_type=array_type, dims=shape, data_location=TensorProto.EXTERNAL)
+        tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
         for key, value in {"location": location, "offset": offset, "length": size}.items():
             tensor.external_data.add(key=key, value=str(value))
         self.initializers.append(tensor)
