@@ -76,10 +76,10 @@ def _onnx_lm(root: Path) -> Iterator[Conversion]:
 
 
 def _onnx_codec(root: Path) -> Iterator[Conversion]:
-    from gpa_codecs.onnx_folder import CodecFolder
-
     for folder in (root / "codec", root / "onnx" / "codec"):
         if (folder / "manifest.json").is_file():
+            from gpa_codecs.onnx_folder import CodecFolder
+
             try:
                 found = CodecFolder.open(folder)
             except GpaError as error:

@@ -117,7 +117,7 @@ def _show(
         _show_tokens(report, console, verbose)
     if conversions:
         _show_conversions(conversions, console)
-    _show_findings(report, conversions, console, verbose)
+    _show_findings(report, conversions, missing, console, verbose)
     _show_tasks(missing, console)
 
 
@@ -178,8 +178,16 @@ def _show_conversions(conversions: Sequence[Conversion], console: Console) -> No
 
 
 def _show_findings(
-    report: CheckpointReport, conversions: Sequence[Conversion], console: Console, verbose: bool
+    report: CheckpointReport,
+    conversions: Sequence[Conversion],
+    missing: Mapping[str, Sequence[str]],
+    console: Console,
+    verbose: bool,
 ) -> None:
+    """An error about a part that a conversion stands in for, in every task, is shown as a warning."""
+    from gpa_engines.checkpoint.layout import PART_NAMES
+
+    lacking = {name for names in missing.values() for name in names}
     styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
     passed = sum(finding.level == "ok" for finding in report.findings)
     checked = sum(finding.level != "warning" for finding in report.findings)
@@ -189,8 +197,12 @@ def _show_findings(
     for finding in report.findings:
         if finding.text in said or (finding.level == "ok" and not verbose):
             continue
-        where = f" ({finding.file})" if finding.level == "ok" else ""
-        _line(console, f"{finding.level}: ", styles[finding.level], finding.text + where)
+        text, level = finding.text, finding.level
+        if level == "ok":
+            text += f" ({finding.file})"
+        elif level == "error" and PART_NAMES[finding.part] not in lacking:
+            text, level = f"{text} (a conversion stands in for it)", "warning"
+        _line(console, f"{level}: ", styles[level], text)
         if finding.level != "ok":
             said.add(finding.text)
     for conversion in conversions:
