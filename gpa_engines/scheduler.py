@@ -154,7 +154,10 @@ class Scheduler:
                 else:
                     self._fail(job, RequestError("the engine was closed"))
         self._deliver()
-        del self.model
+        with self.lock:  # `_interrupt` looks at the model under it
+            model = self.model
+            del self.model
+        del model
         with self.lock:
             for notify in self.on_end:
                 notify()

@@ -1,8 +1,9 @@
-"""What llama.cpp should know about the CPU: its cores, and whether it has AMX."""
+"""What decides how llama.cpp is used on this CPU: its cores and its kind."""
 
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 ROOT = Path("/")
@@ -19,14 +20,9 @@ def default_threads(root: Path = ROOT) -> int:
     return max(1, min(len(cores), _quota(root)))
 
 
-def has_amx(root: Path = ROOT) -> bool:
-    """Whether ggml might use AMX tiles: true only on Linux with such a CPU."""
-    try:
-        lines = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return any(flag.startswith("amx") for flag in flags.split())
+def is_x86() -> bool:
+    """Whether the CPU is an Intel or AMD one."""
+    return platform.machine().lower() in ("x86_64", "amd64", "x86", "i386", "i686")
 
 
 def _core(root: Path, cpu: int) -> str:

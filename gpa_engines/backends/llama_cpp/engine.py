@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gpa_codecs.errors import BackendError, RequestError
 from gpa_engines.backends.llama_cpp import native
-from gpa_engines.backends.llama_cpp.cpu import default_threads, has_amx
+from gpa_engines.backends.llama_cpp.cpu import default_threads, is_x86
 from gpa_engines.backends.llama_cpp.embedding_table import open_table
 from gpa_engines.backends.llama_cpp.gguf_model import GgufModel
 from gpa_engines.backends.llama_cpp.lane import Lane, LaneOptions
@@ -34,6 +34,7 @@ MIN_OUTPUTS = 16
 """Rows of logits of one decode: the buffers of a full vocabulary take 0.7 MiB for each, twice."""
 
 UNROUNDED = ("float32", "float16", "bfloat16")
+"""Dtypes whose products are of floats; the others' are of integers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +176,8 @@ def build_engine(model: Path, settings: Settings) -> StepEngine:
     if exact and settings.flash_attention:
         raise BackendError("flash_attention sums in float16, so it cannot be on in mode 'exact'; leave one of them out")
     abort = AbortFlag()
-    options = _lane_options(settings, exact)
-    # On CPUs with AMX, ggml compiled by GCC 12 crashes on quantised weights when a batch has more than one token.
-    extra_buffers = dtype in UNROUNDED or not has_amx()
-    lanes = [_open_lane(each, settings.n_gpu_layers, extra_buffers, options, abort) for each in models]
+    options = _lane_options(settings, exact, dtype)
+    lanes = [_open_lane(each, settings.n_gpu_layers, options, abort) for each in models]
     lanes.sort(key=lambda lane: lane.model.gpa.rows)
     step_model = LlamaStepModel(
         lanes, abort, max_tokens=settings.max_tokens_in_flight, max_batch=settings.max_batch
@@ -197,7 +196,14 @@ def build_engine(model: Path, settings: Settings) -> StepEngine:
     return StepEngine(info, step_model, prefill_chunk=settings.prefill_chunk)
 
 
-def _lane_options(settings: Settings, exact: bool) -> LaneOptions:
+def _lane_options(settings: Settings, exact: bool, dtype: str) -> LaneOptions:
+    """Tokens of several requests are computed together only where each then gets, to the last bit, what it gets alone.
+
+    Of the CPU kernels those for quantised weights on x86 are so, if no weights are repacked: their products are of
+    integers and each block's is added in turn. A float row by itself is summed in another order than several. A GPU's
+    kernels make that difference too, but there one request at a time would waste most of it.
+    """
+    together = settings.n_gpu_layers != 0 or (is_x86() and dtype not in UNROUNDED)
     flash = settings.flash_attention
     if flash is None and not settings.n_gpu_layers:
         flash = False
@@ -215,14 +221,18 @@ def _lane_options(settings: Settings, exact: bool) -> LaneOptions:
         max_tokens=settings.max_tokens_in_flight,
         max_batch=settings.max_batch,
         shape=shape,
-        together=not exact,
+        together=together and not exact,
         reuse=settings.prefix_reuse and not exact,
     )
 
 
-def _open_lane(
-    model: GgufModel, n_gpu_layers: int, extra_buffers: bool, options: LaneOptions, abort: AbortFlag
-) -> Lane:
+def _open_lane(model: GgufModel, n_gpu_layers: int, options: LaneOptions, abort: AbortFlag) -> Lane:
+    """The file with its embedding table.
+
+    ggml's extra buffers hold weights that were repacked for other kernels. On x86 they gain nothing here (Q4_K_M decodes
+    more slowly with them), take memory beside the mapped file, and crash on CPUs with AMX: compiled by GCC 12, those
+    kernels end the process as soon as a quantised batch has more than one token.
+    """
     table = None
     if model.embeddings_path is not None:
         table = open_table(
@@ -231,9 +241,8 @@ def _open_lane(
             source_sha256=model.gpa.source_sha256,
             tokenizer_sha256=model.gpa.tokenizer_sha256,
         )
-    return Lane(
-        model, NativeModel(model.path, n_gpu_layers=n_gpu_layers, extra_buffers=extra_buffers), table, options, abort
-    )
+    loaded = NativeModel(model.path, n_gpu_layers=n_gpu_layers, extra_buffers=not is_x86())
+    return Lane(model, loaded, table, options, abort)
 
 
 def _logit_ids(models: Sequence[GgufModel]) -> tuple[range, ...] | None:
