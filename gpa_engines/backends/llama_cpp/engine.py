@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,13 +66,6 @@ class Settings:
             raise BackendError(f"n_gpu_layers is {self.n_gpu_layers}; expected -1 (all), 0 or a number of layers")
 
 
-@dataclass(frozen=True, slots=True)
-class Seat:
-    """A slot's stream in each of the files that serve it."""
-
-    places: tuple[tuple[Lane, Stream], ...]
-
-
 class LlamaStepModel:
     """A :class:`~gpa_engines.step_model.StepModel` over GGUF files of one checkpoint.
 
@@ -86,29 +80,30 @@ class LlamaStepModel:
         self.max_tokens = max_tokens
         self.max_batch = max_batch
         self._abort = abort
-        self._seats: dict[int, Seat] = {}
+        self._seats: dict[int, list[tuple[Lane, Stream]]] = {}
         self._next_slot = 0
 
     def allocate(self, request: SlotRequest) -> Slot | None:
         """Raises RequestError for candidates that no file has all of, CapacityError when memory is short."""
         places: list[tuple[Lane, Stream]] = []
-        try:
+        with contextlib.ExitStack() as undo:
             for lane in self._serving(request):
                 stream = lane.take(request)
                 if stream is None:
                     return None
                 places.append((lane, stream))
-            number = self._next_slot
-            self._next_slot += 1
-            self._seats[number] = Seat(tuple(places))
-            return Slot(number, min(len(stream.held) for _, stream in places))
-        finally:
-            if self._seats.get(self._next_slot - 1) != Seat(tuple(places)):
-                for lane, stream in places:
-                    lane.release(stream)
+                undo.callback(lane.release, stream)
+            undo.pop_all()
+        number = self._next_slot
+        self._next_slot += 1
+        self._seats[number] = places
+        filled = min(len(stream.held) for _, stream in places)
+        for lane, stream in places:
+            lane.forget(stream, filled)
+        return Slot(number, filled)
 
     def release(self, slot: int) -> None:
-        for lane, stream in self._seats.pop(slot).places:
+        for lane, stream in self._seats.pop(slot):
             lane.release(stream)
 
     def step(self, rows: Sequence[StepRow]) -> list[NDArray[np.float32] | None]:
@@ -119,7 +114,7 @@ class LlamaStepModel:
                 work = [
                     (index, stream, row)
                     for index, row in enumerate(rows)
-                    for place, stream in self._seats[row.slot].places
+                    for place, stream in self._seats[row.slot]
                     if place is lane
                 ]
                 fed = lane.feed([(stream, row) for _, stream, row in work])
@@ -127,7 +122,7 @@ class LlamaStepModel:
                     results[index] = _joined(results[index], logits)
         except BaseException as error:
             for row in rows:
-                for lane, stream in self._seats[row.slot].places:
+                for lane, stream in self._seats[row.slot]:
                     lane.forget(stream, row.start)
             if isinstance(error, StepInterrupted):
                 self._abort.clear()
@@ -152,9 +147,7 @@ class LlamaStepModel:
         )
 
 
-def _joined(
-    first: NDArray[np.float32] | None, second: NDArray[np.float32] | None
-) -> NDArray[np.float32] | None:
+def _joined(first: NDArray[np.float32] | None, second: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
     """Logits of two files, each -inf where it has none."""
     if first is None or second is None:
         return second if first is None else first
@@ -163,6 +156,12 @@ def _joined(
 
 def build_engine(model: Path, settings: Settings) -> StepEngine:
     """What :func:`gpa_engines.backends.llama_cpp.create_engine` does, once llama_cpp may be imported."""
+    info, step_model = load_model(model, settings)
+    return StepEngine(info, step_model, prefill_chunk=settings.prefill_chunk)
+
+
+def load_model(model: Path, settings: Settings) -> tuple[EngineInfo, LlamaStepModel]:
+    """Choose, check and load the files. Raises BackendError and CheckpointError."""
     settings.check()
     native.start()
     if settings.n_gpu_layers != 0 and not native.supports_gpu():
@@ -179,9 +178,7 @@ def build_engine(model: Path, settings: Settings) -> StepEngine:
     options = _lane_options(settings, exact, dtype)
     lanes = [_open_lane(each, settings.n_gpu_layers, options, abort) for each in models]
     lanes.sort(key=lambda lane: lane.model.gpa.rows)
-    step_model = LlamaStepModel(
-        lanes, abort, max_tokens=settings.max_tokens_in_flight, max_batch=settings.max_batch
-    )
+    step_model = LlamaStepModel(lanes, abort, max_tokens=settings.max_tokens_in_flight, max_batch=settings.max_batch)
     info = EngineInfo(
         "llama-cpp",
         "gpu" if settings.n_gpu_layers else "cpu",
@@ -193,7 +190,7 @@ def build_engine(model: Path, settings: Settings) -> StepEngine:
         logit_ids=_logit_ids(models),
         tokenizer_sha256=models[0].gpa.tokenizer_sha256,
     )
-    return StepEngine(info, step_model, prefill_chunk=settings.prefill_chunk)
+    return info, step_model
 
 
 def _lane_options(settings: Settings, exact: bool, dtype: str) -> LaneOptions:
@@ -264,5 +261,7 @@ def _note(models: Sequence[GgufModel], exact: bool) -> str:
     if _logit_ids(models) is not None:
         notes.append(f"other answers need another file: {CONVERT} --vocab full")
     if foreign := [model.path.name for model in models if not model.gpa.converter]:
-        notes.append(f"{foreign[0]} was not made by to_gguf.py: whether its tokenizer is the checkpoint's is not checked")
+        notes.append(
+            f"{foreign[0]} was not made by to_gguf.py: whether its tokenizer is the checkpoint's is not checked"
+        )
     return "; ".join(notes)

@@ -156,7 +156,9 @@ class Lane:
         rows = ids.astype(np.int32) if self._table is None else self._table[ids].astype(np.float32)
         wanted = np.asarray([len(ids) - 1] if row.logits == "last" else row.offsets, np.int64)
         shape = self._options.shape
-        ends = [int(part[-1]) + 1 for part in np.array_split(wanted, -(-len(wanted) // shape.outputs) or 1) if len(part)]
+        ends = [
+            int(part[-1]) + 1 for part in np.array_split(wanted, -(-len(wanted) // shape.outputs) or 1) if len(part)
+        ]
         ends = [*ends[:-1], len(ids)]
         pieces, start = [], 0
         for end in ends:

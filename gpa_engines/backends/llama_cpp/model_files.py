@@ -61,7 +61,9 @@ def choose_files(model: Path, dtype: str) -> list[GgufModel]:
     if not model.is_dir():
         opened = GgufModel.open(model)
         if wanted not in ("auto", dtype_name(opened.file_type)):
-            raise BackendError(f"{model} is {dtype_name(opened.file_type)}; expected dtype 'auto' or that, not {dtype!r}")
+            raise BackendError(
+                f"{model} is {dtype_name(opened.file_type)}; expected dtype 'auto' or that, not {dtype!r}"
+            )
         return [opened]
     found = find_files(model)
     if not found:
@@ -71,12 +73,16 @@ def choose_files(model: Path, dtype: str) -> list[GgufModel]:
     chosen = [each for each in found if each.dtype == wanted]
     if not chosen:
         there = ", ".join(sorted({each.dtype for each in found}))
-        raise BackendError(f"{model}: no GGUF file of dtype {dtype!r}; there are {there}; more: {CONVERT} --outtype TYPE")
+        raise BackendError(
+            f"{model}: no GGUF file of dtype {dtype!r}; there are {there}; more: {CONVERT} --outtype TYPE"
+        )
     for vocab in VOCABULARIES:
         equal = [each.path for each in chosen if each.vocab == vocab]
         if len(equal) > 1:
             listed = ", ".join(str(path) for path in equal)
-            raise CheckpointError(f"{model}: {len(equal)} {vocab} files of dtype {wanted}: {listed}; give one by its path")
+            raise CheckpointError(
+                f"{model}: {len(equal)} {vocab} files of dtype {wanted}: {listed}; give one by its path"
+            )
     opened = [GgufModel.open(each.path) for each in sorted(chosen, key=lambda each: VOCABULARIES.index(each.vocab))]
     _check_same(opened)
     return opened
