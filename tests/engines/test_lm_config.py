@@ -34,6 +34,7 @@ def test_both_forms_give_the_same_config(values: dict[str, Any]) -> None:
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"attention_bias": True}, "attention_bias is true"),
         ({"use_sliding_window": True}, "use_sliding_window is true"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"hidden_size": "64"}, "hidden_size is '64'; expected a positive integer"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None"),

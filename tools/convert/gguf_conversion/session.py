@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from gpa_codecs.errors import CheckpointError
+
 from .metadata import Entry
 from .plan import Choices, Plan, QuantizedFile, SimpleFile, make_plan
 from .source import open_source
 from .table import Table
-from .verifying import VerificationError, verify
+from .verifying import Check, VerificationError, verify
 from .writing import write_plan
 
 
@@ -96,7 +98,10 @@ class _Reporter:
 def _inspection(plan: Plan, reporter: _Reporter) -> Callable[[SimpleFile | QuantizedFile | Table, Path], None]:
     def inspect(target: SimpleFile | QuantizedFile | Table, path: Path) -> None:
         reporter.finished(target, path)
-        checks = verify(plan.source, target, path)
+        try:
+            checks = verify(plan.source, target, path)
+        except CheckpointError as error:
+            checks = [Check("file", False, str(error))]
         words = {True: ("  ok      ", "green"), False: ("  FAILED  ", "red"), None: ("  skipped ", "yellow")}
         for each in checks:
             reporter.console.print(Text.assemble(words[each.passed], f"{each.what}: {each.detail}"))

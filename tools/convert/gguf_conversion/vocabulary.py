@@ -65,8 +65,10 @@ def token_table(source: Source) -> TokenTable:
     for text, token in model["vocab"].items():
         texts[token], types[token] = text, int(TokenType.NORMAL)
     for entry in document.get("added_tokens") or []:
-        kind = TokenType.CONTROL if entry.get("special") else TokenType.USER_DEFINED
-        texts[entry["id"]], types[entry["id"]] = entry["content"], int(kind)
+        text, token = entry["content"], entry["id"]
+        # As llama.cpp's converter: what is written like a control token is one, marked special or not.
+        control = entry.get("special") or (text.startswith("<|") and text.endswith("|>"))
+        texts[token], types[token] = text, int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
     text, count = Counter(texts).most_common(1)[0]
     if count > 1:
         ids = [token for token, each in enumerate(texts) if each == text]
