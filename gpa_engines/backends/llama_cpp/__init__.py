@@ -28,10 +28,10 @@ def create_engine(
         the speech and text files of one dtype are loaded; each request goes to the smallest that has its ids.
     dtype: which files of a folder: "auto" (of the dtypes that serve every task the first of q8_0, float16, bfloat16,
         float32, q6_k, q5_k_m, q4_k_m), or one of these names; f16, bf16 and f32 are understood, capitals too.
-    mode: "exact" keeps keys and values in float32, computes every request by itself and reuses no prefixes; "fast" keeps
-        them in float16 and multiplies the tokens of several requests at once where no request's logits change by it: for
-        quantised files on x86, and on a GPU, where last bits do change. "auto" is exact for float32 files and fast for
-        the others. Conformance holds within float32's limits when exact, and within the other dtypes' in both modes.
+    mode: "exact" keeps keys and values in float32, computes every request by itself and reuses no prefixes; "fast"
+        keeps them in float16 and multiplies tokens of several requests at once where no request's logits change by it:
+        for quantised files on x86 (and on a GPU, where last bits do change). "auto" is exact for float32 files and fast
+        for the others: each then is within the conformance limits of its dtype.
     threads: None takes the physical cores that this process may use. More threads than free cores are very slow.
     max_tokens_in_flight: positions of prompt and answer that the cache of a file has, divided evenly among as many
         requests as they suffice for; 112 KiB each at the released size in float16, 224 in float32. A file's cache is

@@ -226,9 +226,9 @@ def _lane_options(settings: Settings, exact: bool, dtype: str) -> LaneOptions:
 def _open_lane(model: GgufModel, n_gpu_layers: int, options: LaneOptions, abort: AbortFlag) -> Lane:
     """The file with its embedding table.
 
-    ggml's extra buffers hold weights that were repacked for other kernels. On x86 they gain nothing here (Q4_K_M decodes
-    more slowly with them), take memory beside the mapped file, and crash on CPUs with AMX: compiled by GCC 12, those
-    kernels end the process as soon as a quantised batch has more than one token.
+    ggml's extra buffers hold weights that were repacked for other kernels. On x86 they gain nothing here (Q4_K_M
+    decodes more slowly with them), take memory beside the mapped file, and crash on CPUs with AMX: compiled by GCC 12,
+    those kernels end the process as soon as a quantised batch has more than one token.
     """
     table = None
     if model.embeddings_path is not None:

@@ -162,7 +162,9 @@ class NativeContext:
         self._abort = abort
         self.shape = shape
         llama.llama_set_abort_callback(handle, abort.callback, abort.data)
-        self._memory = llama.llama_get_memory(handle)
+        memory = llama.llama_get_memory(handle)
+        assert memory is not None
+        self._memory = memory
         self._batch = _Batch(shape.chunk, shape.streams, model.width)
 
     def decode(self, pieces: Sequence[Piece]) -> list[list[NDArray[np.float32]]]:

@@ -16,7 +16,7 @@ from gpa_engines.backends.llama_cpp.engine import LlamaStepModel, Settings, load
 from gpa_engines.engine import Engine, GenerationRequest, GenerationUsage, SamplingParams
 from gpa_engines.step_model import CandidateSet, Slot, SlotRequest, StepRow
 
-SEMANTIC = range(4816, 5141)
+SEMANTIC = range(4816, 5136)
 IM_END = 514
 
 

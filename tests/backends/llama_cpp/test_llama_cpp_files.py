@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gguf
 import pytest
 
 pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+pytest.importorskip("gguf", reason="needs gguf to write files")
+
+import gguf
 
 from gpa_codecs.errors import BackendError, CheckpointError
 from gpa_engines.backends.llama_cpp import create_engine
@@ -87,7 +89,7 @@ def test_auto_prefers_files_that_serve_every_task(gguf_folder: Path, tmp_path: P
 
 def test_a_file_alone_is_loaded_alone(gguf_folder: Path) -> None:
     assert names(load(gguf_folder / "tiny-F16.gguf")) == ["tiny-F16.gguf"]
-    with pytest.raises(BackendError, match="tiny-F16.gguf is float16; expected dtype 'auto' or that, not 'q8_0'"):
+    with pytest.raises(BackendError, match=r"tiny-F16.gguf is float16; expected dtype 'auto' or that, not 'q8_0'"):
         create_engine(gguf_folder / "tiny-F16.gguf", dtype="q8_0")
 
 
@@ -99,7 +101,7 @@ def test_a_folder_without_files_says_how_to_make_them(tiny_checkpoint: Path, tmp
 
 
 def test_a_dtype_that_is_not_there_lists_those_that_are(gguf_folder: Path) -> None:
-    with pytest.raises(BackendError, match="dtype 'q4_k_m'; there are float16, float32, q8_0; more: .*--outtype"):
+    with pytest.raises(BackendError, match=r"dtype 'q4_k_m'; there are float16, float32, q8_0; more: .*--outtype"):
         create_engine(gguf_folder, dtype="q4_k_m")
 
 
@@ -107,7 +109,7 @@ def test_equal_files_are_listed(gguf_folder: Path, tmp_path: Path) -> None:
     copy(gguf_folder, tmp_path, "tiny-F16.gguf")
     shutil.copy(tmp_path / "tiny-F16.gguf", tmp_path / "other-F16.gguf")
     with pytest.raises(
-        CheckpointError, match="2 full files of dtype float16: .*other-F16.gguf, .*tiny-F16.gguf; give one"
+        CheckpointError, match=r"2 full files of dtype float16: .*other-F16.gguf, .*tiny-F16.gguf; give one"
     ):
         create_engine(tmp_path)
 
@@ -115,7 +117,7 @@ def test_equal_files_are_listed(gguf_folder: Path, tmp_path: Path) -> None:
 def test_files_of_two_checkpoints_are_not_mixed(gguf_folder: Path, tmp_path: Path) -> None:
     copy(gguf_folder, tmp_path, "tiny-speech-F32.gguf")
     rewrite(gguf_folder / "tiny-F32.gguf", tmp_path / "tiny-F32.gguf", gpa__source__sha256="0" * 64)
-    with pytest.raises(CheckpointError, match="gpa.source.sha256 is .*0000.*different checkpoints"):
+    with pytest.raises(CheckpointError, match=r"gpa.source.sha256 is .*0000.*different checkpoints"):
         create_engine(tmp_path)
 
 
@@ -141,7 +143,7 @@ def test_a_file_of_llama_cpps_own_converter_is_taken_as_full(gguf_folder: Path, 
 def test_a_table_of_another_checkpoint_is_refused(gguf_folder: Path, tmp_path: Path) -> None:
     copy(gguf_folder, tmp_path, "tiny-speech-F32.gguf")
     (tmp_path / "tiny-embeddings-f32.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="tiny-embeddings-f32.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"tiny-embeddings-f32.safetensors is missing"):
         create_engine(tmp_path)
     copy(gguf_folder, tmp_path / "b")
     changed = rewrite(
@@ -267,5 +269,5 @@ def test_a_damaged_file_in_a_folder_is_named_not_hidden(gguf_folder: Path, tmp_p
     copy(gguf_folder, tmp_path, "tiny-F32.gguf", "tiny-Q8_0.gguf")
     damaged = tmp_path / "tiny-Q8_0.gguf"
     damaged.write_bytes(damaged.read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match="tiny-Q8_0.gguf is truncated"):
+    with pytest.raises(CheckpointError, match=r"tiny-Q8_0.gguf is truncated"):
         create_engine(tmp_path)
