@@ -154,7 +154,10 @@ class Scheduler:
                 else:
                     self._fail(job, RequestError("the engine was closed"))
         self._deliver()
-        del self.model
+        with self.lock:  # `_interrupt` looks at the model under it
+            model = self.model
+            del self.model
+        del model
         with self.lock:
             for notify in self.on_end:
                 notify()
@@ -194,7 +197,11 @@ class Scheduler:
         while self.waiting and len(self.running) < self.model.max_batch:
             job = self.waiting[0]
             reuse = isinstance(job.goal, Generation)
-            slot = self.model.allocate(SlotRequest(job.positions, job.pending, job.candidates, reuse))
+            try:
+                slot = self.model.allocate(SlotRequest(job.positions, job.pending, job.candidates, reuse))
+            except GpaError as error:
+                self._fail(job, error)
+                continue
             if slot is None:
                 assert self.running, "a request within max_tokens must fit an idle model"
                 return

@@ -67,6 +67,7 @@ class StepEngine:
         prompt, sampling = request.prompt_ids, request.sampling
         self._check_room(len(prompt) + sampling.max_new_tokens, "shorten the prompt, lower max_new_tokens")
         sampler = Sampler(sampling, prompt, request.stop_ids, request.allowed)
+        self._check_candidates(sampler.candidate_ids)
         candidates = None if sampler.candidate_ids is None else CandidateSet(sampler.candidate_ids)
         job = Job(prompt, len(prompt) + sampling.max_new_tokens, Generation(request, sampler), candidates)
         finished = False
@@ -133,6 +134,26 @@ class StepEngine:
         if self._scheduler.request_stop(lambda: post_to(loop, ended.set)):
             await ended.wait()
         self._scheduler.thread.join()
+
+    def _check_candidates(self, ids: NDArray[np.int64] | None) -> None:
+        """Refuse an answer that may hold ids of which an engine with a part of the vocabulary has no logits."""
+        if self._info.logit_ids is None:
+            return
+        if ids is None:
+            wrong = "may hold any id"
+        else:
+            missing = np.ones(len(ids), np.bool_)
+            for part in self._info.logit_ids:
+                missing &= (ids < part.start) | (ids >= part.stop)
+            if not missing.any():
+                return
+            wrong = f"may hold id {ids[missing][0]}"
+        count = sum(map(len, self._info.logit_ids))
+        note = f" ({self._info.note})" if self._info.note else ""
+        raise RequestError(
+            f"the answer {wrong}, but this engine has logits of only {count} of {self._info.vocab_size} ids{note}: "
+            "give the ids that are possible as `allowed`"
+        )
 
     def _check_room(self, needed: int, advice: str) -> None:
         if needed > self._max_tokens:

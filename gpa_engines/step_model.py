@@ -32,7 +32,7 @@ class StepModel(Protocol):
     def max_tokens(self) -> int: ...
 
     def allocate(self, request: SlotRequest) -> Slot | None:
-        """Room for a request, or None while other slots take it."""
+        """Room for a request, or None while other slots take it. Raises a GpaError for one that it cannot serve."""
         ...
 
     def release(self, slot: int) -> None:

@@ -20,7 +20,7 @@ import pytest
 from gpa_codecs.errors import CapacityError, CheckpointError, RequestError
 from gpa_engines.engine import TokenDelta
 from gpa_engines.step_engine import StepEngine
-from gpa_engines.step_model import StepRow
+from gpa_engines.step_model import Slot, SlotRequest, StepRow
 from tests.engines.generating import Answer, WatchedModel, answer, answers, load_model, mixed_requests, request
 
 
@@ -215,6 +215,59 @@ def test_a_failing_step_fails_its_requests_and_leaves_the_engine_usable(
         await engine.close()
 
     asyncio.run(main())
+
+
+def test_a_request_that_the_model_refuses_fails_alone(watched: WatchedModel, prompts: list[list[int]]) -> None:
+    (expected,) = run_alone(watched, [request(prompts[2], 6)])
+    allocate = watched.allocate
+
+    def refuse(wanted: SlotRequest) -> Slot | None:
+        if len(wanted.prompt) == 5:
+            raise RequestError("five is too few")
+        return allocate(wanted)
+
+    watched.allocate = refuse  # type: ignore[method-assign]
+
+    async def main() -> None:
+        engine = watched.engine()
+        fine = asyncio.create_task(answer(engine, request(prompts[2], 6)))
+        for _ in range(2):
+            with pytest.raises(RequestError, match="five is too few"):
+                await answer(engine, request(prompts[1][:5], 6))
+        assert (await fine).ids == expected.ids
+        assert not watched.held
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_closing_interrupts_a_model_that_is_still_there(watched: WatchedModel) -> None:
+    """The thread may read the order to stop before the one who gave it goes on to interrupt the step."""
+
+    class Interrupted(WatchedModel):
+        interruptions = 0
+
+        def interrupt(self) -> None:
+            self.interruptions += 1
+
+    class SlowInbox:
+        def __init__(self, inbox: Any) -> None:
+            self.get, self.empty, self._put = inbox.get, inbox.empty, inbox.put
+
+        def put(self, action: Any) -> None:
+            self._put(action)
+            time.sleep(0.1)
+
+    model = Interrupted(watched.model)
+
+    async def main() -> None:
+        engine = model.engine()
+        scheduler = engine._scheduler
+        scheduler.inbox = SlowInbox(scheduler.inbox)  # type: ignore[assignment]
+        await engine.close()
+
+    asyncio.run(main())
+    assert model.interruptions == 1
 
 
 def test_logits_that_are_not_numbers_fail_only_their_request(watched: WatchedModel, prompts: list[list[int]]) -> None:

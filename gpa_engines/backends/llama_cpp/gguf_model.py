@@ -96,6 +96,15 @@ class GpaMetadata:
         metadata._check(header.path)
         return metadata
 
+    @classmethod
+    def assumed(cls, header: GgufHeader) -> GpaMetadata:
+        """For a file of llama.cpp's own converter: the whole vocabulary, and nothing else is known ("" and no ids)."""
+        table = header.tensors.get("token_embd.weight")
+        if table is None:
+            raise CheckpointError(f"{header.path} has no tensor token_embd.weight; convert again")
+        ids, none = range(table.shape[0]), range(0)
+        return cls("", "full", len(ids), (ids,), none, none, none, tokenizer_sha256="", source_sha256="")
+
     def _check(self, path: Path) -> None:
         end = 0
         for ids in self.ids:
@@ -137,7 +146,7 @@ class GgufModel:
         architecture = header.text("general.architecture")
         if architecture != ARCHITECTURE:
             raise CheckpointError(f"{path}: the architecture is {architecture!r}; GPA is a {ARCHITECTURE!r} model")
-        gpa = GpaMetadata.from_header(header)
+        gpa = GpaMetadata.from_header(header) if "gpa.format" in header.metadata else GpaMetadata.assumed(header)
         number = header.integer("general.file_type")
         config = _config(header, gpa, FILE_TYPES.get(number, f"file type {number}"))
         _check_tensors(header, config, gpa.rows)
