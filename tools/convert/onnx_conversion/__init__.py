@@ -1,0 +1,1 @@
+"""What `tools/convert/to_onnx.py` is made of."""
