@@ -76,7 +76,7 @@ def _constant_matrix(node: onnx.NodeProto, weights: dict[str, onnx.TensorProto])
 
 
 def _quantize_input(name: str, nodes: list[onnx.NodeProto]) -> tuple[str, str, str]:
-    outputs = (f"{name}.int8", f"{name}.scale", f"{name}.zero_point")
+    outputs = (f"{name}.quantized", f"{name}.quantized_scale", f"{name}.quantized_zero_point")
     nodes.append(helper.make_node("DynamicQuantizeLinear", [name], outputs, name=f"{name}.quantize"))
     return outputs
 
@@ -105,8 +105,8 @@ def _integer_product(
             "MatMulInteger", [values, f"{name}.int8", value_zero, f"{name}.zero_point"], [f"{output}.int"]
         ),
         helper.make_node("Cast", [f"{output}.int"], [f"{output}.float"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", [value_scale, f"{name}.scale"], [f"{output}.scale"]),
-        helper.make_node("Mul", [f"{output}.float", f"{output}.scale"], [product]),
+        helper.make_node("Mul", [value_scale, f"{name}.scale"], [f"{output}.product_scale"]),
+        helper.make_node("Mul", [f"{output}.float", f"{output}.product_scale"], [product]),
     ]
     if bias:
         nodes.append(helper.make_node("Add", [product, bias], [output]))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpa_codecs.audio import Waveform, load_audio
 from gpa_codecs.codec import AudioTokens, Voice
 from gpa_codecs.onnx_codec import OnnxCodec
 from gpa_codecs.onnx_folder import CodecFolder
@@ -23,7 +24,6 @@ LARGEST_ERROR = 1e-4
 LEAST_SNR = {"fp16": 40.0, "int8": 20.0}
 """Signal-to-noise ratio in dB of the decoder in fewer bits; measured far above with trained and random weights."""
 
-_CLIPS = ("example:speech", "example:voice")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,7 @@ def compare_codecs(checkpoint: Checkpoint, folder: Path) -> list[Comparison]:
     onnx_codec = OnnxCodec(folder)
     comparisons = []
     pieces: list[tuple[np.ndarray, Voice]] = []
-    for name in _CLIPS:
-        clip = example_clip(name)
+    for name, clip in _clips().items():
         expected, found = torch_codec.encode(clip), onnx_codec.encode(clip)
         voices = torch_codec.voice(clip), onnx_codec.voice(clip)
         comparisons += _compare_tokens(name, expected, found)
@@ -59,6 +58,12 @@ def compare_codecs(checkpoint: Checkpoint, folder: Path) -> list[Comparison]:
         decoded = [waveform.pcm for waveform in codec.decode_batch(pieces)]
         comparisons.append(_samples(precision, np.concatenate(wanted), np.concatenate(decoded)))
     return comparisons
+
+
+def _clips() -> dict[str, Waveform]:
+    """The example clips, and one whose last mel frames and GLM code are incomplete."""
+    clips = {name: load_audio(example_clip(name)) for name in ("example:speech", "example:voice")}
+    return clips | {"a cut clip": Waveform(clips["example:voice"].pcm[:29_900])}
 
 
 def _compare_tokens(name: str, expected: AudioTokens, found: AudioTokens) -> list[Comparison]:
