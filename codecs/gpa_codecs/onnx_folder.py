@@ -143,9 +143,10 @@ class CodecFolder:
         if chosen not in PRECISIONS:
             raise BackendError(f"codec precision {precision!r} is unknown; expected auto, {', '.join(PRECISIONS)}")
         if chosen not in self.precisions:
+            all_of_them = " ".join(f"--precision {each}" for each in (*self.precisions, chosen))
             raise BackendError(
                 f"{self.root} has no decoder in {chosen}: it was exported in {', '.join(self.precisions)}; "
-                f"{CONVERT} {' '.join(f'--precision {each}' for each in (*self.precisions, chosen))} --overwrite adds it"
+                f"{CONVERT} {all_of_them} --overwrite adds it"
             )
         return chosen
 

@@ -84,9 +84,7 @@ def test_glm_codes_are_the_recorded_ones(
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("length", [1, 3, 10, 50])
-def test_decoded_audio_is_the_recorded_one(
-    length: int, threads: int, onnx_folder: Path, golden_arrays: Arrays
-) -> None:
+def test_decoded_audio_is_the_recorded_one(length: int, threads: int, onnx_folder: Path, golden_arrays: Arrays) -> None:
     recorded = golden_arrays(f"detok{length}")
     waveform = OnnxCodec(onnx_folder, threads=threads).decode(recorded["semantic"], Voice(tuple(recorded["globals"])))
     assert waveform.sample_rate == 16000

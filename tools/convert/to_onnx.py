@@ -123,7 +123,7 @@ class Job:
             _check_target(self.out / subject, f"gpa-onnx-{subject}", overwrite)
 
     def convert(self, subject: Subject) -> list[str]:
-        """Write one of the folders; returns what --verify found wrong with it, which for the codec is then not there."""
+        """Write one of the folders; returns what --verify found wrong with it (a faulty codec is then not there)."""
         if subject == "lm":
             from onnx_conversion.lm import export_lm
 

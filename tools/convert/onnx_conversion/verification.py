@@ -1,10 +1,12 @@
-"""Whether a codec in ONNX is the codec that it was made from: both on the example clips, and what they differ in."""
+"""Whether what was converted is what it was made from: the codec on clips, the language model on a prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import anyio
 import numpy as np
 
 from gpa_codecs.audio import Waveform, load_audio
@@ -14,6 +16,7 @@ from gpa_codecs.onnx_folder import CodecFolder
 from gpa_codecs.torch_codec import TorchCodec
 from gpa_engines.checkpoint import Checkpoint
 from gpa_engines.examples import example_clip
+from gpa_engines.registry import create_engine
 
 MOST_DIFFERENT = 0.01
 """Share of codes that may differ: where two codewords are equally near, rounding decides."""
@@ -24,6 +27,11 @@ LARGEST_ERROR = 1e-4
 LEAST_SNR = {"fp16": 40.0, "int8": 20.0}
 """Signal-to-noise ratio in dB of the decoder in fewer bits; measured far above with trained and random weights."""
 
+
+LARGEST_LOGIT_ERROR = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.2}
+"""Relative L2 distance of the logits of a short prompt."""
+
+_DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +99,33 @@ def _samples(precision: str, expected: np.ndarray, found: np.ndarray) -> Compari
     snr = 10 * np.log10(np.square(expected, dtype=np.float64).mean() / power) if power else np.inf
     passed = largest <= LARGEST_ERROR if precision == "fp32" else bool(snr >= LEAST_SNR[precision])
     return Comparison(subject, f"largest error {largest:.1e}, signal-to-noise ratio {snr:.1f} dB", passed)
+
+
+def compare_language_models(root: Path, out: Path, precisions: Sequence[str]) -> list[Comparison]:
+    """Compare the logits of the language models in `out` with those of the checkpoint `root` in torch, in float32."""
+    expected = _logits("torch", root, "float32")
+    comparisons = []
+    for precision in precisions:
+        found = _logits("onnx", out, _DTYPES[precision])
+        distance = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+        comparisons.append(
+            Comparison(
+                f"language model {precision}",
+                f"logits differ by {distance:.1e} of their length",
+                distance <= LARGEST_LOGIT_ERROR[precision],
+            )
+        )
+    return comparisons
+
+
+def _logits(backend: str, folder: Path, dtype: str) -> np.ndarray:
+    async def compute() -> np.ndarray:
+        engine = create_engine(backend, folder, dtype=dtype)
+        try:
+            # Spread over the vocabulary, so that text and every family of audio tokens takes part.
+            ids = np.linspace(0, engine.info.vocab_size - 1, 24).astype(int).tolist()
+            return np.asarray(await engine.logits(ids), dtype=np.float64)
+        finally:
+            await engine.close()
+
+    return anyio.run(compute)
