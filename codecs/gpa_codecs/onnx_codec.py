@@ -141,9 +141,9 @@ def _usable_threads() -> int:
 def _check_providers(providers: Sequence[Provider] | None) -> list[Provider]:
     if providers is None:
         return [CPU]
-    from onnxruntime import get_available_providers
+    import onnxruntime
 
-    available = get_available_providers()
+    available = onnxruntime.get_available_providers()  # pyright: ignore[reportAttributeAccessIssue]
     for provider in providers:
         name = provider if isinstance(provider, str) else provider[0]
         if name not in available:

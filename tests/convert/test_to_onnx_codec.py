@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,10 +195,51 @@ def test_an_interruption_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -
     assert not out.exists()
 
 
+# --- fast convolutions ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("to_onnx")
+@pytest.mark.parametrize("dilation", [1, 3, 9])
+@pytest.mark.parametrize("length", [1, 7, 36, 37, 400])
+def test_the_fast_form_of_a_convolution_is_the_convolution(length: int, dilation: int) -> None:
+    fast = import_module("onnx_conversion.fast_convolution")
+    torch.manual_seed(length)
+    conv = torch.nn.Conv1d(20, 20, 7, padding=3 * dilation, dilation=dilation).double().requires_grad_(False)
+    x = torch.randn(1, 20, length, dtype=torch.float64)
+    torch.testing.assert_close(fast.FastConv1d(conv)(x), conv(x), rtol=0, atol=1e-11)
+
+
+@pytest.mark.usefixtures("to_onnx")
+def test_a_generator_of_fast_convolutions_is_the_generator_at_every_length(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    from gpa_codecs.bicodec.config import BiCodecConfig
+    from gpa_codecs.bicodec.model import WaveDecoder
+    from gpa_codecs.weights import load_module
+
+    fast, graphs = import_module("onnx_conversion.fast_convolution"), import_module("onnx_conversion.graphs")
+    # The tiny checkpoint has no convolution that is wide enough.
+    monkeypatch.setattr(fast, "LEAST_CHANNELS", 1)
+    folder = tiny_checkpoint / "BiCodec"
+    config = BiCodecConfig.from_file(folder / "config.yaml")
+    generator = load_module(lambda: WaveDecoder(config), folder, torch.device("cpu")).decoder
+    inputs = {length: torch.randn(1, config.generator.input_channel, length) for length in (1, 2, 7, 20, 33)}
+    expected = {length: generator(latents).numpy() for length, latents in inputs.items()}
+    fast.speed_up(generator)
+    assert sum(isinstance(each, fast.FastConv1d) for each in generator.modules()) == 12
+    model = graphs.trace(generator, {"latents": inputs[20]}, "pcm", {"latents": {2: "T"}, "pcm": {2: "N"}}, tmp_path)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for length, latents in inputs.items():
+        (found,) = session.run(None, {"latents": latents.numpy()})
+        np.testing.assert_allclose(np.asarray(found), expected[length], atol=2e-5)
+
+
 # --- rewriting --------------------------------------------------------------------------------------------------------
 
 
-def product(*matrices: np.ndarray, share: bool = False) -> onnx.ModelProto:
+def product(*matrices: np.ndarray, share: bool = False) -> Any:
     """x @ A, then @ B, or @ A again."""
     names = ["A", "A"] if share else ["A", "B"]
     nodes = [
@@ -215,11 +257,11 @@ def product(*matrices: np.ndarray, share: bool = False) -> onnx.ModelProto:
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
 
 
-def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
+def run(model: Any, x: np.ndarray) -> np.ndarray:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": x})[0]
+    return np.asarray(session.run(None, {"x": x})[0])
 
 
 @pytest.mark.usefixtures("to_onnx")

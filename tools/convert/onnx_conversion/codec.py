@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from gpa_codecs.wav2vec2.model import Wav2Vec2Features
 from gpa_codecs.weights import load_module
 from gpa_engines.checkpoint import Checkpoint, Part
 
+from .fast_convolution import speed_up
 from .graphs import OPSET, save, trace
 from .new_folder import new_folder
 from .precision import to_fp16, to_int8
@@ -96,33 +98,29 @@ def _write_graphs(
     for plan in plans:
         progress(plan.name, done, total)
         network = load_module(plan.build, plan.folder, torch.device("cpu"))
-        model = trace(network, plan.inputs, plan.output, plan.lengths, folder)
-        del network
         part = parts.setdefault(plan.part, {})
-        if plan.part == "decoder":
-            for precision, graph in _decoder_graphs(model, plan.name, precisions, written):
-                part[precision] = (*part.get(precision, ()), graph)
-        else:
-            part["fp32"] = (written(model, plan.name),)
+        for precision, model, name in _models(plan, network, precisions, folder):
+            part[precision] = (*part.get(precision, ()), written(model, name))
+        if plan.name == _GENERATOR and "int8" in precisions:
+            part["int8"] += part["fp32"][-1:]  # it has no matrix product
+        del network
     return parts
 
 
-def _decoder_graphs(
-    model: onnx.ModelProto, name: str, precisions: Sequence[str], written: Callable[[onnx.ModelProto, str], Graph]
-) -> Iterator[tuple[str, Graph]]:
-    """A graph of the decoder in each precision; the generator has no matrix product, so int8 shares its float32."""
-    full = onnx.ModelProto()
-    full.CopyFrom(model)  # saving a model moves its weights out of it
-    graph = written(full, name)
-    yield "fp32", graph
-    for precision in (each for each in precisions if each != "fp32"):
-        if precision == "int8" and name == _GENERATOR:
-            yield precision, graph
-            continue
-        smaller = onnx.ModelProto()
-        smaller.CopyFrom(model)
-        smaller = to_fp16(smaller) if precision == "fp16" else to_int8(smaller)
-        yield precision, written(smaller, f"{name}-{precision}")
+def _models(
+    plan: _Plan, network: nn.Module, precisions: Sequence[str], folder: Path
+) -> Iterator[tuple[str, onnx.ModelProto, str]]:
+    """Precision, graph and name of what is written for a plan."""
+
+    def traced(network: nn.Module) -> onnx.ModelProto:
+        return trace(network, plan.inputs, plan.output, plan.lengths, folder)
+
+    # Fast only in float32: interpolation would make the rounding of shorter weights ten times larger.
+    yield "fp32", traced(speed_up(deepcopy(network)) if plan.name == _GENERATOR else network), plan.name
+    if plan.part == "decoder" and "fp16" in precisions:
+        yield "fp16", to_fp16(traced(network)), f"{plan.name}-fp16"
+    if plan.name == _PRENET and "int8" in precisions:
+        yield "int8", to_int8(traced(network)), f"{plan.name}-int8"
 
 
 class _Prenet(WaveDecoder):

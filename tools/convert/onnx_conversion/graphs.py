@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.jit import TracerWarning  # pyright: ignore[reportPrivateImportUsage]
 
 from gpa_codecs.onnx_folder import Graph, GraphFile
 
@@ -35,7 +36,7 @@ def trace(
         # The older exporter is meant: it needs no further package and is ten times faster. It warns of Python values
         # that become constants; here they are the batch size of one and the widths.
         warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", TracerWarning)
         warnings.filterwarnings("ignore", "Constant folding", UserWarning)
         torch.onnx.export(
             network,
