@@ -95,19 +95,18 @@ class OnnxCodec(NetworkCodec):
         return _Chain([self._session(path) for path in paths])
 
     def _session(self, path: Path) -> InferenceSession:
-        from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
+        import onnxruntime
 
-        options = SessionOptions()
+        options = onnxruntime.SessionOptions()  # pyright: ignore[reportAttributeAccessIssue]
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
-        options.graph_optimization_level = GraphOptimizationLevel.ORT_ENABLE_ALL
         # Threads that wait for work sleep: an engine computes on the same cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # An arena and a plan keep what the longest clip took, for each length that was seen.
         options.enable_mem_pattern = False
         options.enable_cpu_mem_arena = False
         try:
-            return InferenceSession(str(path), options, providers=self._providers)
+            return onnxruntime.InferenceSession(str(path), options, providers=self._providers)
         except Exception as error:  # ONNX Runtime's errors share no base class of their own
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(
@@ -121,7 +120,8 @@ class _Chain:
     def __init__(self, sessions: Sequence[InferenceSession]) -> None:
         self._sessions = [([each.name for each in session.get_inputs()], session) for session in sessions]
 
-    def __call__(self, *arrays: NDArray) -> NDArray:
+    def __call__(self, *inputs: NDArray) -> NDArray:
+        arrays: Sequence[Any] = inputs
         for names, session in self._sessions:
             arrays = session.run(None, dict(zip(names, arrays, strict=True)))
         return arrays[0]

@@ -93,6 +93,17 @@ def test_fewer_bits_make_smaller_files(onnx_folder: Path) -> None:
     assert size("decoder-prenet-int8") < size("decoder-prenet")
 
 
+def test_the_language_model_is_written_and_compared_beside_it(
+    to_onnx: ModuleType, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = ("--what", "all", "--precision", "fp32", "--precision", "int8", "--verify", "--verbose")
+    result = CliRunner().invoke(to_onnx.app, [str(tiny_checkpoint), "--out", str(tmp_path / "out"), *options])
+    assert result.exit_code == 0, result.stderr
+    assert {"codec", "lm", "config.json", "tokenizer.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    for subject in ("decoder fp32", "decoder int8", "language model fp32", "language model int8"):
+        assert f"\n{subject}: " in result.stderr
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

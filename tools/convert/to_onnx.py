@@ -42,9 +42,10 @@ failed.
 
 Precisions of the codec: the encoders stay in fp32, because fewer bits change their tokens; the decoder is written in
 fp32 and in each --precision, and a program chooses among them when it runs. fp16 stores the weights in 16 bits and
-computes in 32: half the file, the same memory, and a quarter slower than fp32, whose fast convolutions 16 bits would
-spoil. int8 stores the prenet's matrices in 8 bits and multiplies in 8 bits: a third of the prenet's file and memory;
-the wave generator, which takes nine tenths of the time, stays as in fp32.
+computes in 32: less than half the file, the same memory, and a quarter slower than fp32, whose fast convolutions 16
+bits would spoil. int8 stores the prenet's matrices in 8 bits and multiplies in 8 bits: a third of the prenet's file and
+memory; the wave generator, which takes nine tenths of the time, stays as in fp32. Signal-to-noise ratio of the audio
+against torch, with random weights of the released sizes: fp32 98 dB, fp16 47 dB, int8 18 dB.
 
 Needs torch and onnx, and onnxruntime for --verify (pip install 'gpa-engines\\[convert]'). Exit status: 0; 1 if --verify
 found a fault; 2 for a checkpoint or a choice that cannot be converted; 130 after Ctrl-C.
