@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpa_codecs.codec import Codes
+from gpa_codecs.codec import HOP_LENGTH, Codes
 from gpa_codecs.errors import BackendError, CheckpointError
 from gpa_codecs.network_codec import PARTS, BiCodecSettings, Float32, GlmSettings, LazyPart, NetworkCodec
 from gpa_codecs.onnx_folder import CONVERT, CodecFolder
 
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
-
 CPU = "CPUExecutionProvider"
+
+WINDOW = 256
+"""Codes (5 s) that the wave generator decodes at once; they take about 400 MB, and the context 5% of the time."""
 
 Provider = str | tuple[str, dict[str, Any]]
 """A provider of ONNX Runtime by name, with its options where it is given some."""
@@ -56,7 +57,7 @@ class OnnxCodec(NetworkCodec):
         self._threads = threads or _usable_threads()
         self._providers = _check_providers(providers)
 
-        def part(name: str) -> LazyPart[_Chain]:
+        def part(name: str) -> LazyPart[Any]:
             return LazyPart(lambda: self._load(name))
 
         self._lazy = {name: part(name) for name in PARTS}
@@ -90,41 +91,64 @@ class OnnxCodec(NetworkCodec):
     def _decoded(self, semantic: Codes, voices: Codes) -> Float32:
         return self._lazy["decoder"].get()(semantic, voices)
 
-    def _load(self, part: str) -> _Chain:
-        paths = self._folder.graphs(part, self.precision if part == "decoder" else "fp32")
-        return _Chain([self._session(path) for path in paths])
+    def _load(self, part: str) -> _Network | _Decoder:
+        precision = self.precision if part == "decoder" else "fp32"
+        first, *rest = (_Network(path, self._threads, self._providers) for path in self._folder.graphs(part, precision))
+        return _Decoder(first, rest[0], self._folder.generator_context) if part == "decoder" else first
 
-    def _session(self, path: Path) -> InferenceSession:
+
+class _Network:
+    """One graph: arrays by its inputs' order in, its one output out."""
+
+    def __init__(self, path: Path, threads: int, providers: list[Provider]) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()  # pyright: ignore[reportAttributeAccessIssue]
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         # Threads that wait for work sleep: an engine computes on the same cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # An arena and a plan keep what the longest clip took, for each length that was seen.
+        # A layout of blocked channels gains nothing here, and needs a copy of every tensor that it touches.
+        level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # pyright: ignore[reportAttributeAccessIssue]
+        options.graph_optimization_level = level
+        # A memory plan would be kept for each length that is seen, and clips are seldom equally long.
         options.enable_mem_pattern = False
-        options.enable_cpu_mem_arena = False
         try:
-            return onnxruntime.InferenceSession(str(path), options, providers=self._providers)
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors share no base class of their own
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(
                 f"{path} cannot be loaded ({reason}); convert the checkpoint again: {CONVERT} --overwrite"
             ) from error
-
-
-class _Chain:
-    """Graphs that run one after the other, each on what the one before it gave."""
-
-    def __init__(self, sessions: Sequence[InferenceSession]) -> None:
-        self._sessions = [([each.name for each in session.get_inputs()], session) for session in sessions]
+        self._names = [each.name for each in self._session.get_inputs()]
+        # The arena, without which every large tensor would cost page faults, gives back after each run what it took.
+        self._options = onnxruntime.RunOptions()  # pyright: ignore[reportAttributeAccessIssue]
+        self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def __call__(self, *inputs: NDArray) -> NDArray:
-        arrays: Sequence[Any] = inputs
-        for names, session in self._sessions:
-            arrays = session.run(None, dict(zip(names, arrays, strict=True)))
-        return arrays[0]
+        return np.asarray(self._session.run(None, dict(zip(self._names, inputs, strict=True)), self._options)[0])
+
+
+class _Decoder:
+    """Prenet and generator. The generator, whose tensors grow to 100 times its input, runs window by window.
+
+    context: codes on each side that a sample depends on in the generator; windows overlap by them, so that their
+    middles together are what the whole gives, but for rounding.
+    """
+
+    def __init__(self, prenet: _Network, generator: _Network, context: int) -> None:
+        self._prenet, self._generator, self._context = prenet, generator, context
+
+    def __call__(self, semantic: Codes, voices: Codes) -> Float32:
+        latents = self._prenet(semantic, voices)
+        length = latents.shape[2]
+        edges = np.linspace(0, length, -(-length // WINDOW) + 1).astype(int).tolist()
+        return np.concatenate([self._window(latents, *each) for each in pairwise(edges)], axis=1)
+
+    def _window(self, latents: Float32, start: int, end: int) -> Float32:
+        first, last = max(0, start - self._context), min(latents.shape[2], end + self._context)
+        pcm = self._generator(np.ascontiguousarray(latents[:, :, first:last]))
+        return pcm[:, (start - first) * HOP_LENGTH : (end - first) * HOP_LENGTH]
 
 
 def _usable_threads() -> int:

@@ -3,8 +3,8 @@
     OUT/codec/manifest.json    what the folder holds, from which checkpoint, and the settings around the networks
     OUT/codec/NAME.onnx        one graph, and NAME.onnx.data with its weights, which are mapped, not read
 
-A part is one or two graphs that run one after the other. The encoders exist in float32 only, because fewer bits change
-tokens; the decoder exists in each precision that was asked for.
+A part is one graph, the decoder two: prenet and wave generator. The encoders exist in float32 only, because fewer bits
+change tokens; the decoder exists in each precision that was asked for.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ MANIFEST = "manifest.json"
 
 PRECISIONS = ("fp32", "fp16", "int8")
 """In the order of their exactness; which of them a folder has is in its manifest."""
+
+GRAPHS_OF = {"wav2vec2": 1, "semantic": 1, "voice": 1, "decoder": 2, "glm": 1}
+"""Graphs of each part; the decoder's are its prenet and its wave generator."""
 
 CONVERT = "python tools/convert/to_onnx.py MODEL_DIR --what codec"
 
@@ -65,7 +68,8 @@ class CodecFolder:
 
     parts: graphs of each part by precision, in the order in which they run. opset: of the ONNX operators.
     converter: the programs that wrote it. sources: sha256 of the checkpoint's files, by name.
-    geometry: sizes that streaming needs, as in BiCodec's configuration (rates, kernel sizes, layers of the prenet).
+    geometry: sizes of BiCodec's parts, as in its configuration: what decoding piece by piece needs.
+    generator_context: codes on each side of a sample that it depends on in the wave generator.
     """
 
     root: Path
@@ -76,6 +80,7 @@ class CodecFolder:
     converter: str
     sources: Mapping[str, str]
     geometry: Mapping[str, Any]
+    generator_context: int
 
     @classmethod
     def open(cls, folder: str | Path) -> CodecFolder:
@@ -102,6 +107,7 @@ class CodecFolder:
             converter=str(manifest.values.get("converter", "")),
             sources=manifest.section("sources").values,
             geometry=manifest.section("geometry").values,
+            generator_context=manifest.integer("generator_context"),
         )
         for file in codec._files():
             if (root / file.name).exists():
@@ -119,6 +125,7 @@ class CodecFolder:
             "bicodec": asdict(self.bicodec),
             "glm": asdict(self.glm),
             "geometry": dict(self.geometry),
+            "generator_context": self.generator_context,
             "parts": {
                 part: {
                     precision: [[file.as_dict() for file in graph.files] for graph in graphs]
@@ -260,8 +267,12 @@ def _parts(manifest: ConfigFile) -> dict[str, dict[str, tuple[Graph, ...]]]:
             raise CheckpointError(
                 f"{precisions.source} is damaged ({error!r}); convert the checkpoint again ({CONVERT} --overwrite)"
             ) from error
-        if not all(graph.files for graphs in parts[name].values() for graph in graphs) or not all(parts[name].values()):
-            raise CheckpointError(f"{precisions.source} names no file; convert the checkpoint again")
+        for graphs in parts[name].values():
+            if not all(graph.files for graph in graphs) or len(graphs) != GRAPHS_OF[name]:
+                raise CheckpointError(
+                    f"{precisions.source} has not the {GRAPHS_OF[name]} graph(s) of this part; convert the checkpoint "
+                    f"again ({CONVERT} --overwrite)"
+                )
     return parts
 
 

@@ -25,6 +25,7 @@ import pytest
     ],
 )
 def test_no_framework_is_imported(module: str) -> None:
-    code = f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'huggingface_hub', 'onnxruntime'}} & sys.modules.keys()))"
+    frameworks = {"torch", "transformers", "huggingface_hub", "onnxruntime"}
+    code = f"import sys, {module}; print(*sorted({frameworks} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""

@@ -134,6 +134,15 @@ def test_fewer_bits_are_close_and_are_what_was_asked_for(
     assert 10 * np.log10(np.square(expected).mean() / error) >= least_snr
 
 
+def test_long_audio_is_decoded_in_windows_as_if_at_once(codec: OnnxCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    semantic = np.arange(100) * 3
+    whole = codec.decode(semantic, VOICE).pcm
+    monkeypatch.setattr("gpa_codecs.onnx_codec.WINDOW", 16)
+    windows = codec.decode(semantic, VOICE).pcm
+    assert windows.shape == whole.shape == (32000,)
+    np.testing.assert_allclose(windows, whole, atol=1e-5)
+
+
 def test_a_batch_gives_what_each_clip_gives_alone(codec: OnnxCodec) -> None:
     clips = [tone(9000, 150), tone(4000), tone(9000, 80)]
     for clip, tokens in zip(clips, codec.encode_batch(clips), strict=True):

@@ -47,6 +47,7 @@ def test_the_manifest_is_self_sufficient_and_true(onnx_folder: Path) -> None:
     assert codec.opset == 17
     assert (codec.bicodec.codebook_size, codec.bicodec.ref_segment_length, codec.glm.codebook_size) == (320, 96000, 160)
     assert codec.geometry["generator"]["rates"] == [8, 5, 4, 2]
+    assert codec.generator_context == 11
     assert {"bicodec/model.safetensors", "tokenizer/tokenizer.json"} <= codec.sources.keys()
     codec.check(hashes=True)
 
@@ -109,7 +110,8 @@ def test_a_damaged_graph_of_the_right_size_is_refused(folder: Path) -> None:
         (lambda manifest: manifest["parts"].pop("glm"), "glm is missing"),
         (lambda manifest: manifest["parts"]["voice"].pop("fp32"), "parts: voice: fp32 is missing"),
         (lambda manifest: manifest["parts"].update(voice={"fp32": [[{"name": "x"}]]}), "voice is damaged"),
-        (lambda manifest: manifest["parts"].update(voice={"fp32": [[]]}), "voice names no file"),
+        (lambda manifest: manifest["parts"].update(voice={"fp32": [[]]}), "voice has not the 1 graph"),
+        (lambda manifest: manifest["parts"]["decoder"]["int8"].pop(), "decoder has not the 2 graph"),
         (lambda manifest: manifest["parts"]["voice"]["fp32"][0][0].update(name="../x"), "is no name of a file"),
         (lambda manifest: manifest["bicodec"]["mel"].update(n_fft="wide"), "n_fft is 'wide'; expected a positive"),
     ],

@@ -47,8 +47,9 @@ bits would spoil. int8 stores the prenet's matrices in 8 bits and multiplies in 
 memory; the wave generator, which takes nine tenths of the time, stays as in fp32. Signal-to-noise ratio of the audio
 against torch, with random weights of the released sizes: fp32 98 dB, fp16 47 dB, int8 18 dB.
 
-Needs torch and onnx, and onnxruntime for --verify (pip install 'gpa-engines\\[convert]'). Exit status: 0; 1 if --verify
-found a fault; 2 for a checkpoint or a choice that cannot be converted; 130 after Ctrl-C.
+Needs torch and onnx, and onnxruntime for --verify (pip install 'gpa-engines\\[convert]'); 8 GB of memory for the
+released checkpoint. Exit status: 0; 1 if --verify found a fault; 2 for a checkpoint or a choice that cannot be
+converted; 130 after Ctrl-C.
 """
 
 

@@ -200,6 +200,7 @@ def _manifest(
         opset=OPSET,
         converter=f"gpa-engines {gpa_engines.__version__}, torch {torch.__version__}, onnx {onnx.__version__}",
         sources=sources,
+        generator_context=bicodec.generator.context,
         geometry={
             "hop_length": bicodec.hop_length,
             "voice_length": bicodec.voice_length,
