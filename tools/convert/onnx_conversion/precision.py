@@ -1,4 +1,4 @@
-"""A graph's weights in fewer bits, by rewriting the graph. What each precision costs is measured in the README."""
+"""A graph's weights in fewer bits, by rewriting the graph. What each precision costs stands in the command's --help."""
 
 from __future__ import annotations
 
