@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -58,3 +60,22 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_checkpoint_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint that a test may damage."""
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def onnx_folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What tools/convert/to_onnx.py makes of the tiny checkpoint's codec, in every precision; tests must not change it.
+
+    Converted by the command as a user types it, which compares the result with the checkpoint in torch.
+    """
+    for package in ("torch", "onnx", "onnxruntime"):
+        pytest.importorskip(package, reason=f"the codec in ONNX needs {package}")
+    out = tmp_path_factory.mktemp("onnx") / "out"
+    script = DATA.parents[1] / "tools" / "convert" / "to_onnx.py"
+    options = ("--what", "codec", "--precision", "fp16", "--precision", "int8", "--verify", "--verbose")
+    command = [sys.executable, str(script), str(tiny_checkpoint), "--out", str(out), *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(out)
+    (out.parent / "stderr.txt").write_text(result.stderr, encoding="utf-8")
+    return out

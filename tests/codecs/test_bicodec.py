@@ -13,8 +13,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpa_codecs.bicodec.config import BiCodecConfig
-from gpa_codecs.bicodec.generator import Snake
+from gpa_codecs.bicodec.config import BiCodecConfig, GeneratorConfig
+from gpa_codecs.bicodec.generator import Snake, WaveGenerator
 from gpa_codecs.bicodec.quantizer import fsq_codes, fsq_values, nearest_by_angle
 from gpa_codecs.errors import CheckpointError
 
@@ -71,6 +71,22 @@ def test_snake_is_its_formula_and_leaves_its_input_alone() -> None:
     expected = x + torch.sin(snake.alpha * x) ** 2 / snake.alpha
     torch.testing.assert_close(snake(x), expected, rtol=1e-7, atol=1e-7)
     assert torch.equal(x, before)
+
+
+def test_a_sample_depends_on_no_more_codes_than_the_context_says() -> None:
+    config = GeneratorConfig(input_channel=4, channels=32, rates=(8, 5, 4, 2), kernel_sizes=(16, 11, 8, 4))
+    torch.manual_seed(0)
+    generator = WaveGenerator(config).double().requires_grad_(False).model[:-1]
+    for parameter in generator.parameters():
+        parameter.normal_(std=0.3)
+    assert config.context == 11, "as released"
+    latents = torch.zeros(1, 4, 41, dtype=torch.float64)
+    changed = latents.clone()
+    changed[:, :, 20] = 1.0
+    (differs,) = torch.nonzero((generator(latents) - generator(changed)).flatten(), as_tuple=True)
+    first, last = differs[0].item() // 320, differs[-1].item() // 320
+    assert 20 - config.context <= first <= 20 - config.context + 1
+    assert 20 + config.context - 1 <= last <= 20 + config.context
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------

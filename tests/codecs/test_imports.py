@@ -13,6 +13,9 @@ import pytest
     [
         "gpa_codecs.audio",
         "gpa_codecs.codec",
+        "gpa_codecs.network_codec",
+        "gpa_codecs.onnx_codec",
+        "gpa_codecs.onnx_folder",
         "gpa_codecs.prompts",
         "gpa_codecs.silences",
         "gpa_codecs.text_splitting",
@@ -22,6 +25,7 @@ import pytest
     ],
 )
 def test_no_framework_is_imported(module: str) -> None:
-    code = f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'huggingface_hub'}} & sys.modules.keys()))"
+    frameworks = {"torch", "transformers", "huggingface_hub", "onnxruntime"}
+    code = f"import sys, {module}; print(*sorted({frameworks} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""

@@ -10,6 +10,9 @@ from gpa_codecs.codec import HOP_LENGTH, VOICE_CARDINALITY, VOICE_LENGTH
 from gpa_codecs.config_file import ConfigFile
 from gpa_codecs.errors import CheckpointError
 
+DILATIONS = (1, 3, 9)
+"""Of the three residual units after each upsampling of the wave generator (Kumar et al. 2023)."""
+
 
 @dataclass(frozen=True, slots=True)
 class MelConfig:
@@ -69,6 +72,19 @@ class GeneratorConfig:
     channels: int
     rates: tuple[int, ...]
     kernel_sizes: tuple[int, ...]
+
+    @property
+    def context(self) -> int:
+        """Codes on each side of a sample that it may depend on: 11 as released.
+
+        Counted from the last convolution to the first; every kernel but those of the upsampling has width seven.
+        """
+        reach = 3
+        for rate, kernel_size in zip(reversed(self.rates), reversed(self.kernel_sizes), strict=True):
+            padding = (kernel_size - rate) // 2
+            reach += 3 * sum(DILATIONS)
+            reach = -(-(reach + max(padding, kernel_size - 1 - padding)) // rate)
+        return reach + 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gpa_codecs.bicodec.config import GeneratorConfig
-
-_DILATIONS = (1, 3, 9)
+from gpa_codecs.bicodec.config import DILATIONS, GeneratorConfig
 
 
 class WaveGenerator(nn.Module):
@@ -41,7 +39,7 @@ class UpsamplingBlock(nn.Module):
         self.block = nn.Sequential(
             Snake(wide),
             nn.ConvTranspose1d(wide, narrow, kernel_size, stride=rate, padding=(kernel_size - rate) // 2),
-            *(ResidualUnit(narrow, dilation) for dilation in _DILATIONS),
+            *(ResidualUnit(narrow, dilation) for dilation in DILATIONS),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -54,9 +54,13 @@ class WaveDecoder(nn.Module):
         self.decoder = WaveGenerator(config.generator)
 
     def forward(self, semantic: Tensor, voice: Tensor) -> Tensor:
-        latents = self.quantizer.out_project(self.quantizer.codebook(semantic).transpose(1, 2))
+        return self.decoder(self.latents(semantic, voice)).squeeze(1)
+
+    def latents(self, semantic: Tensor, voice: Tensor) -> Tensor:
+        """The generator's input (B, input_channel, T): what is said and who says it, one frame for each code."""
         vector = self.speaker_vector(voice)
-        return self.decoder(self.prenet(latents, vector) + vector.unsqueeze(-1)).squeeze(1)
+        codes = self.quantizer.out_project(self.quantizer.codebook(semantic).transpose(1, 2))
+        return self.prenet(codes, vector) + vector.unsqueeze(-1)
 
     def speaker_vector(self, voice: Tensor) -> Tensor:
         """The d-vector (B, out_dim) of global codes: their latents, flattened channel by channel, projected."""

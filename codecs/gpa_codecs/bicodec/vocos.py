@@ -82,11 +82,12 @@ class AdaptiveLayerNorm(nn.Module):
 
     def __init__(self, dim: int, condition_dim: int) -> None:
         super().__init__()
+        self.dim = dim
         self.scale = nn.Linear(condition_dim, dim)
         self.shift = nn.Linear(condition_dim, dim)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        normal = F.layer_norm(x, x.shape[-1:], eps=_NORM_EPS)
+        normal = F.layer_norm(x, (self.dim,), eps=_NORM_EPS)
         return normal * self.scale(condition).unsqueeze(1) + self.shift(condition).unsqueeze(1)
 
 

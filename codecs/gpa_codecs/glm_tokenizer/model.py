@@ -27,7 +27,8 @@ class GlmEncoder(nn.Module):
         hidden = F.gelu(self.conv1(_pad_left(log_mel)))
         hidden = F.gelu(self.conv2(_pad_left(hidden))).transpose(1, 2)
         hidden = hidden + self.embed_positions.weight[: hidden.shape[1]]
-        visible = self._visible_positions(hidden.shape[1], -(-frames // CONV_STRIDE), hidden.device)
+        # Rounded up without a negative number: a traced graph would round that towards zero.
+        visible = self._visible_positions(hidden.shape[1], (frames + CONV_STRIDE - 1) // CONV_STRIDE, hidden.device)
         for layer in self.layers:
             hidden = layer(hidden, visible)
         pooled = F.avg_pool1d(hidden.transpose(1, 2), self.pooling).transpose(1, 2)
