@@ -27,8 +27,9 @@ class SpeechOnly(Altered):
     def __init__(self, model_dir: Path, *, dtype: str) -> None:
         super().__init__(model_dir, dtype=dtype)
         stops, allowed = task_tokens(TokenSpace.from_file(model_dir / "tokenizer.json"), "tts-a")
-        self.ids = candidate_ids(allowed, stops)
-        assert self.ids is not None
+        ids = candidate_ids(allowed, stops)
+        assert ids is not None
+        self.ids = ids
         starts = np.flatnonzero(np.diff(self.ids, prepend=-2) != 1)
         ends = [*starts[1:], len(self.ids)]
         self.parts = tuple(range(int(self.ids[a]), int(self.ids[b - 1]) + 1) for a, b in zip(starts, ends, strict=True))
