@@ -121,6 +121,7 @@ def test_an_output_matrix_of_its_own_is_part_of_the_model(tmp_path: Path) -> Non
         (SPEECH, {"gpa.ids.stops": [4, 13]}, "below 12"),
         (SPEECH, {"gpa.semantic.first": 11}, "gpa.semantic"),
         (SPEECH, {"gpa.embeddings.file": "../elsewhere.safetensors"}, "plain name"),
+        (SPEECH, {"gpa.embeddings.file": None}, "no gpa.embeddings.file"),
         (SPEECH, {"qwen3.vocab_size": 5}, "vocab_size is 5"),
         (FULL, {"qwen3.block_count": 2**31}, "block_count"),
         (FULL, {"qwen3.attention.head_count_kv": 0}, "head_count_kv is 0"),
