@@ -6,12 +6,13 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpa_codecs.errors import BackendError, CheckpointError
 from gpa_codecs.weights import weight_files
+from gpa_engines.backends.llama_cpp.gguf_file import gguf_files
 from gpa_engines.checkpoint.mlx_quantization import KEY
 from gpa_engines.registry import BACKENDS, backend_status, require_backend
 
@@ -61,13 +62,6 @@ def choose_backend(path: Path) -> Choice:
         f"no backend that can run {path} is installed; install one of: "
         + "; ".join(f"{name} ({backend_status(BACKENDS[name]).remedy})" for name in wanted)
     )
-
-
-def gguf_files(folder: Path) -> Iterator[Path]:
-    """GGUF files of a model: in its folder and in the folder gguf inside it."""
-    for place in (folder, folder / "gguf"):
-        if place.is_dir():
-            yield from sorted(place.glob("*.gguf"))
 
 
 def _has_gguf(folder: Path) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpa_codecs.errors import GpaError
-from gpa_engines.backend_choice import gguf_files
+from gpa_engines.backends.llama_cpp.gguf_file import gguf_files
 
 if TYPE_CHECKING:
     from gpa_engines.checkpoint import Part

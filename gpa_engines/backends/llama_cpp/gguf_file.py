@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -161,6 +161,13 @@ class GgufHeader:
         shown = repr(self.metadata[key])
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
         return CheckpointError(f"{self.path}: {key} is {shown}; expected {expected}; convert the checkpoint again")
+
+
+def gguf_files(folder: Path) -> Iterator[Path]:
+    """GGUF files of a model: in its folder and in the folder gguf inside it."""
+    for place in (folder, folder / "gguf"):
+        if place.is_dir():
+            yield from sorted(place.glob("*.gguf"))
 
 
 def read_header(path: str | Path) -> GgufHeader:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpa_codecs.errors import BackendError, CheckpointError
-from gpa_engines.backends.llama_cpp.gguf_file import GgufHeader, read_header
+from gpa_engines.backends.llama_cpp.gguf_file import GgufHeader, gguf_files, read_header
 from gpa_engines.backends.llama_cpp.gguf_model import ARCHITECTURE, FILE_TYPES, VOCABULARIES, GgufModel
 
 PREFERENCE = ("q8_0", "float16", "bfloat16", "float32", "q6_k", "q5_k_m", "q4_k_m")
@@ -93,7 +93,7 @@ def find_files(folder: Path) -> list[Found]:
 
     Raises CheckpointError for a damaged file: to take another in its place would hide it.
     """
-    headers = (read_header(path) for place in (folder, folder / "gguf") for path in sorted(place.glob("*.gguf")))
+    headers = map(read_header, gguf_files(folder))
     return [_found(header) for header in headers if header.metadata.get("general.architecture") == ARCHITECTURE]
 
 
