@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from gpa_codecs.codec import SpeechCodec
 from gpa_codecs.errors import BackendError, CheckpointError
-from gpa_engines.checkpoint.layout import BICODEC, GLM
+from gpa_engines.checkpoint.layout import BICODEC, GLM, Part
 
 ONNX_FORMAT = "gpa-onnx-codec"
 """What the manifest of an exported codec calls itself."""
+
+GRAPHS: Mapping[Part, tuple[str, ...]] = {
+    "bicodec": ("voice", "decoder"),
+    "wav2vec2": ("wav2vec2", "semantic"),
+    "glm": ("glm",),
+}
+"""The exported networks that stand for a part of the checkpoint; semantic codes need wav2vec2 and BiCodec's encoder."""
 
 EXPORT = "python tools/convert/to_onnx.py MODEL_DIR --what codec"
 
@@ -48,6 +55,16 @@ class OnnxCodecFiles:
 
     def __str__(self) -> str:
         return f"codec: ONNX Runtime, {self.folder}"
+
+    def check(self, parts: Collection[Part]) -> None:
+        """Raise CheckpointError where a graph that stands for one of these parts of the checkpoint is missing or cut
+        short, BackendError for a precision that was not exported.
+        """
+        from gpa_codecs.onnx_folder import CodecFolder
+
+        folder = CodecFolder.open(self.folder)
+        folder.decoder_precision(self.precision)
+        folder.check([graph for part in parts for graph in GRAPHS.get(part, ())])
 
     def load(self, device: str, threads: int | None) -> SpeechCodec:
         """It runs on the CPU, whatever the engine's device is. threads: None leaves the choice to ONNX Runtime."""

@@ -96,6 +96,8 @@ def find_model(
     if isinstance(files, TorchCodecFiles):
         needed |= set(parts) & set(CODEC_PARTS)
         bicodec, glm_tokenizer = files.bicodec_dir, files.glm_dir
+    elif files is not None:
+        files.check(parts)
     checkpoint = Checkpoint.open(
         folder,
         bicodec=bicodec,
@@ -125,6 +127,8 @@ def find_codec(
     )
     if isinstance(files, TorchCodecFiles):
         Checkpoint.open(folder, bicodec=files.bicodec_dir, glm_tokenizer=files.glm_dir, require=parts)
+    else:
+        files.check(parts)
     return files
 
 

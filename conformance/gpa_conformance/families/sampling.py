@@ -117,7 +117,7 @@ async def _test_answers(
         if not np.isfinite(context.cut(rows)).all():
             impossible.append(f"{name}: NaN or infinite logits after an answer's start")
             continue
-        replay = _Replay(wanted, context.limits["regret_max"].value)
+        replay = _Replay(wanted, context.limits["delta_logp_max"].value)
         for row, token in zip(rows, each.ids, strict=True):
             draw = replay.step(row, token, random)
             if draw is None:
@@ -196,7 +196,8 @@ async def _rows(
 
 
 class _Replay:
-    """The shared sampler along one answer, told what was drawn. slack: nats by which rows of an engine may differ."""
+    """The shared sampler along one answer, told what was drawn. slack: nats by which a row's log-probabilities may
+    differ from the reference's; two rows of an engine, of its decoding and its prefill, may lie twice that apart."""
 
     def __init__(self, wanted: GenerationRequest, slack: float) -> None:
         self.done = 0
