@@ -25,7 +25,8 @@ def create_engine(
     """Load GGUF files that tools/convert/to_gguf.py wrote.
 
     model: a .gguf file, or a folder with some in it or in its `gguf` subfolder. Of a folder, the full vocabulary and
-        the speech and text files of one dtype are loaded; each request goes to the smallest that has its ids.
+        the speech and text files of one dtype are taken; each request goes to the smallest that has its ids, which is
+        loaded then.
     dtype: which files of a folder: "auto" (of the dtypes that serve every task the first of q8_0, float16, bfloat16,
         float32, q6_k, q5_k_m, q4_k_m), or one of these names; f16, bf16 and f32 are understood, capitals too.
     mode: "exact" keeps keys and values in float32, computes every request by itself and reuses no prefixes; "fast"

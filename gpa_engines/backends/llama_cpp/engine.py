@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +179,8 @@ def load_model(model: Path, settings: Settings) -> tuple[EngineInfo, LlamaStepMo
     options = _lane_options(settings, exact, dtype)
     lanes = [_open_lane(each, settings.n_gpu_layers, options, abort) for each in models]
     lanes.sort(key=lambda lane: lane.model.gpa.rows)
+    if len(lanes) == 1:
+        lanes[0].native()  # it will be needed: what is wrong with it is said now
     step_model = LlamaStepModel(lanes, abort, max_tokens=settings.max_tokens_in_flight, max_batch=settings.max_batch)
     info = EngineInfo(
         "llama-cpp",
@@ -238,8 +241,8 @@ def _open_lane(model: GgufModel, n_gpu_layers: int, options: LaneOptions, abort:
             source_sha256=model.gpa.source_sha256,
             tokenizer_sha256=model.gpa.tokenizer_sha256,
         )
-    loaded = NativeModel(model.path, n_gpu_layers=n_gpu_layers, extra_buffers=not is_x86())
-    return Lane(model, loaded, table, options, abort)
+    load = functools.partial(NativeModel, model.path, n_gpu_layers=n_gpu_layers, extra_buffers=not is_x86())
+    return Lane(model, load, table, options, abort)
 
 
 def _logit_ids(models: Sequence[GgufModel]) -> tuple[range, ...] | None:

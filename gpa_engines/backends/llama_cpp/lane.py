@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,24 +40,25 @@ class LaneOptions:
 
 
 class Lane:
-    """A loaded file. Its cache is made when a request first needs it.
+    """A file, loaded when a request first needs it, and its cache: a task takes no memory for the files of others.
 
-    table: float[V, hidden], embeddings of the whole vocabulary for a file that has a part of it, else None. Such a file
-    is fed with them throughout, also with what it generated itself: they are not rounded as its own rows are, and a
-    prompt gives the same logits whichever of the two its ids came from.
+    load: loads the checked file. table: float[V, hidden], embeddings of the whole vocabulary for a file that has a part
+    of it, else None. Such a file is fed with them throughout, also with what it generated itself: they are not rounded
+    as its own rows are, and a prompt gives the same logits whichever of the two its ids came from.
     """
 
     def __init__(
         self,
         model: GgufModel,
-        native: NativeModel,
+        load: Callable[[], NativeModel],
         table: NDArray[np.floating] | None,
         options: LaneOptions,
         abort: AbortFlag,
     ) -> None:
         self.model = model
         self.vocabulary = VocabularyRows(model.gpa.ids)
-        self._native = native
+        self._load = load
+        self._native: NativeModel | None = None
         self._table = table
         self._options = options
         self._abort = abort
@@ -83,10 +84,17 @@ class Lane:
         self._columns.move_to_end(candidates)
         return self._columns[candidates]
 
+    def native(self) -> NativeModel:
+        """The loaded file. Raises CheckpointError for one that llama.cpp cannot load."""
+        if self._native is None:
+            self._native = self._load()
+        return self._native
+
     def take(self, request: SlotRequest) -> Stream | None:
         """A stream, whose `held` says what of the prompt it has already; None while others are in the way.
 
-        Raises CapacityError when llama.cpp gets no memory for the cache.
+        Raises CheckpointError for a file that llama.cpp cannot load, CapacityError when there is no memory for the
+        cache.
         """
         if self.idle and (self._streams is None or self._crowded or request.positions > self._streams.division.length):
             self._divide(request.positions)
@@ -146,7 +154,7 @@ class Lane:
         division = divide(self._options.max_tokens, self._options.max_batch, positions)
         self._context = self._streams = None
         shape = replace(self._options.shape, streams=division.streams, length=division.length)
-        self._context = NativeContext(self._native, shape, self._abort)
+        self._context = NativeContext(self.native(), shape, self._abort)
         self._streams = Streams(division)
         self._crowded = False
 
