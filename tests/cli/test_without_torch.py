@@ -97,7 +97,7 @@ def test_a_gguf_file_is_a_model_and_auto_takes_llama_cpp(edge: dict[str, Path], 
     pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
     (file,) = (path for path in edge["llama-cpp"].glob("*.gguf") if "text" in path.name)
     done = gpa_run(
-        "--task", "stt", "--model", file, "--src-audio", audio_dir / "short_1600.wav", "--max-new-tokens", 4, "-v"
+        "--task", "stt", "--model", file, "--src-audio", audio_dir / "short_1600.wav", "--max-new-tokens", "4", "-v"
     )
     assert done.returncode == 0, done.stderr
     assert "backend llama-cpp: " in done.stderr
