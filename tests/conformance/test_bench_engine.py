@@ -231,3 +231,35 @@ def processes_with(mark: str) -> list[str]:
         except OSError:
             continue
     return found
+
+
+def test_a_backend_may_be_named_with_a_dtype_of_its_own(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "result.json"
+    chosen = ["--backend", "torch:bfloat16", "--backend", "torch", "--no-codec", "--json", str(target)]
+    assert cli.main(["engine", "--model", str(tiny_checkpoint), *SMALL, *chosen]) == 0
+    values = json.loads(target.read_text(encoding="utf-8"))
+    assert [each["name"] for each in values["contenders"]] == ["torch/bfloat16", "torch/float32"]
+
+
+def test_the_codec_is_measured_in_torch_and_onnx_side_by_side(
+    tiny_checkpoint_copy: Path, onnx_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(onnx_folder, tiny_checkpoint_copy / "onnx")
+    target = tmp_path / "result.json"
+    chosen = ["--codec-in", "torch", "--codec-in", "onnx", "--json", str(target)]
+    assert cli.main(["engine", "--model", str(tiny_checkpoint_copy), *SMALL, *chosen]) == 0
+    stages = json.loads(target.read_text(encoding="utf-8"))["codec"]
+    assert [(each["stage"], each["kind"]) for each in stages] == [
+        (stage, kind) for stage in ("semantic", "glm", "voice", "decode") for kind in ("torch", "onnx")
+    ]
+    for torch, onnx in zip(stages[::2], stages[1::2], strict=True):
+        assert torch["speed_up"] is None
+        ratios = [a["wall_s"] / b["wall_s"] for a, b in zip(torch["warm"], onnx["warm"], strict=True)]
+        assert min(ratios) <= onnx["speed_up"]["median"] <= max(ratios)
+
+
+def test_a_codec_that_was_not_exported_fails_its_stages(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["engine", "--model", str(tiny_checkpoint), *SMALL, "--codec-in", "onnx"]) == cli.FAILED
+    assert "to_onnx.py" in capsys.readouterr().err

@@ -43,7 +43,7 @@ def test_a_child_that_dies_says_how(tiny_checkpoint: Path) -> None:
 
 
 def test_a_child_that_cannot_become_what_it_should_gives_the_reason(tmp_path: Path) -> None:
-    settings = {"model": str(tmp_path / "nothing"), "stage": "voice", "device": "cpu", "threads": 1}
+    settings = {"model": str(tmp_path / "nothing"), "stage": "voice", "kind": "torch", "device": "cpu", "threads": 1}
     with pytest.raises(ChildFailed, match="nothing"):
         Child("codec", settings, threads=1, timeout=60)
 
