@@ -29,6 +29,9 @@ REFERENCE = "reference"
 CONVERTERS = Path("tools", "convert")
 """Of the clone in whose folder this runs; the scripts are no part of the installed package."""
 
+LONG = "max_tokens_in_flight=8192"
+"""Room for the family "long" where an engine's own default has none."""
+
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
@@ -76,10 +79,10 @@ HARDWARE = {
     "llama-cpp": Hardware(
         "llama-cpp",
         variants=(
-            Variant("float32", options=("mode=exact",)),
-            Variant("float16", options=("mode=exact",)),
-            Variant("float16-fast", "float16", ("mode=fast",)),
-            Variant("q8_0"),
+            Variant("float32", options=("mode=exact", LONG)),
+            Variant("float16", options=("mode=exact", LONG)),
+            Variant("float16-fast", "float16", ("mode=fast", LONG)),
+            Variant("q8_0", options=(LONG,)),
         ),
         conversions=tuple(("to_gguf.py", "{model}", "--outtype", outtype) for outtype in ("f32", "f16", "q8_0")),
     ),
