@@ -5,8 +5,8 @@ in every dtype that it is used with, writes each report as JSON, Markdown and HT
 hardware, its package or its backend is missing, it prints "skipped: reason" and ends with status 0; else with that of
 the runs.
 
-`python -m gpa_conformance.parity reference --out DIR` prepares, where torch is, what the engines without torch are held
-against: the baseline, and the codec exported to ONNX. Give them `--reference DIR`.
+`python -m gpa_conformance.parity reference --out DIR` prepares, where torch is, what the engines without torch need: the
+baseline that they are held against, and the codec and language model exported to ONNX. Give them `--reference DIR`.
 """
 
 from __future__ import annotations
@@ -54,12 +54,14 @@ class Hardware:
     """device: "" leaves the choice to the backend. variants: none runs the backend's own dtype once.
 
     conversions: command lines of scripts in `CONVERTERS`; {model} is the model's folder, {out} that of the reports.
+    converted: what they make in the model's folder, if a reference may have it already.
     """
 
     backend: str
     device: str = ""
     variants: tuple[Variant, ...] = ()
     conversions: tuple[tuple[str, ...], ...] = ()
+    converted: str = ""
 
 
 HARDWARE = {
@@ -92,12 +94,13 @@ HARDWARE = {
         conversions=(
             ("to_onnx.py", "{model}", "--what", "lm", *(word for p in PRECISIONS for word in ("--precision", p))),
         ),
+        converted="onnx/lm",
     ),
     "vllm": Hardware("vllm"),
     "sglang": Hardware("sglang"),
 }
 
-CODEC_EXPORT = ("to_onnx.py", "{model}", "--what", "codec")
+EXPORT = ("to_onnx.py", "{model}", "--what", "all", *(word for p in PRECISIONS for word in ("--precision", p)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if hardware.conversions:
         given.model = str(_linked_model(given.model, given.out / "model"))
     status, baseline = _baseline(given)
-    for command in hardware.conversions:
+    done = hardware.converted and (Path(given.model) / hardware.converted).exists()
+    for command in () if done else hardware.conversions:
         status = status or _convert(command, given)
     return status or _run_all(hardware, given, baseline)
 
@@ -142,13 +146,13 @@ def unavailable(hardware: Hardware) -> str:
 
 
 def _prepare_reference(given: argparse.Namespace) -> int:
-    """OUT/model: the checkpoint with its codec exported beside it. OUT/baseline: the answers of torch in float32."""
+    """OUT/model: the checkpoint with its export beside it. OUT/baseline: the answers of torch in float32."""
     given.out.mkdir(parents=True, exist_ok=True)
     given.model = str(_linked_model(given.model, given.out / "model"))
     status, _ = _baseline(given)
-    if status or (Path(given.model) / "onnx" / "codec").exists():
+    if status or (Path(given.model) / "onnx" / "lm").exists():
         return status
-    return _convert(CODEC_EXPORT, given)
+    return _convert(EXPORT, given)
 
 
 def _run_all(hardware: Hardware, given: argparse.Namespace, baseline: str) -> int:

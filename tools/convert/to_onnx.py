@@ -55,8 +55,8 @@ converted; 130 after Ctrl-C.
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
-MAKERS = {"codec": ("torch", "onnx"), "lm": ("onnx",)}
-"""Packages that each conversion needs."""
+MAKERS = ("torch", "onnx")
+"""Packages that a conversion needs."""
 
 
 @app.command(help=HELP)
@@ -115,7 +115,7 @@ class Job:
 
     def check(self, overwrite: bool) -> None:
         """Raise GpaError for what can be known before anything is written."""
-        packages = {package for subject in self.subjects for package in MAKERS[subject]}
+        packages = set(MAKERS)
         if self.verify:
             packages |= {"onnxruntime", "torch"}
         if missing := sorted(package for package in packages if find_spec(package) is None):
