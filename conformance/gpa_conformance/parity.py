@@ -5,8 +5,8 @@ in every dtype that it is used with, writes each report as JSON, Markdown and HT
 hardware, its package or its backend is missing, it prints "skipped: reason" and ends with status 0; else with that of
 the runs.
 
-`python -m gpa_conformance.parity reference --out DIR` prepares, where torch is, what the engines without torch need: the
-baseline that they are held against, and the codec and language model exported to ONNX. Give them `--reference DIR`.
+`python -m gpa_conformance.parity reference --out DIR` prepares, where torch is, what the engines without torch need:
+the baseline that they are held against, and the codec and language model exported to ONNX. Give them `--reference DIR`.
 """
 
 from __future__ import annotations
