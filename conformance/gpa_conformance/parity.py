@@ -12,6 +12,7 @@ the baseline that they are held against, and the codec and language model export
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -75,7 +76,9 @@ HARDWARE = {
             *(Variant(f"mlx-{bits}bit", options=(f"weights={{out}}/mlx-{bits}bit",)) for bits in (8, 4)),
         ),
         conversions=tuple(
-            ("to_mlx.py", "{model}", "--out", f"{{out}}/mlx-{bits}bit", "--bits", str(bits)) for bits in (8, 4)
+            # Groups that divide the rows of the tiny checkpoint too.
+            ("to_mlx.py", "{model}", "--out", f"{{out}}/mlx-{bits}bit", "--bits", str(bits), "--group-size", "32")
+            for bits in (8, 4)
         ),
     ),
     "llama-cpp": Hardware(
@@ -200,7 +203,12 @@ def _convert(command: Sequence[str], given: argparse.Namespace) -> int:
     if not (CONVERTERS / script).is_file():
         print(f"error: there is no {CONVERTERS / script} here; run in the folder of a clone", file=sys.stderr)
         return MISUSE
-    return subprocess.run([sys.executable, str(CONVERTERS / script), *arguments, "--overwrite"], check=False).returncode
+    if "--out" in arguments:
+        # A new folder of this run's own, which its script does not replace.
+        shutil.rmtree(arguments[arguments.index("--out") + 1], ignore_errors=True)
+    else:
+        arguments.append("--overwrite")
+    return subprocess.run([sys.executable, str(CONVERTERS / script), *arguments], check=False).returncode
 
 
 def _options(**values: str | None) -> tuple[str, ...]:
