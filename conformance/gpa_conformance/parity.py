@@ -33,6 +33,9 @@ CONVERTERS = Path("tools", "convert")
 LONG = "max_tokens_in_flight=8192"
 """Room for the family "long" where an engine's own default has none."""
 
+CONVERTED = ("*.gguf", "*-embeddings-*.safetensors", "gguf")
+"""What to_gguf.py writes beside a checkpoint."""
+
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
@@ -128,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.baseline = given.baseline or str(given.reference / "baseline")
         given.model = str(given.reference / "model")
     if hardware.conversions:
-        given.model = str(_linked_model(given.model, given.out / "model"))
+        given.model = str(linked_model(given.model, given.out / "model"))
     status, baseline = _baseline(given)
     done = hardware.converted and (Path(given.model) / hardware.converted).exists()
     for command in () if done else hardware.conversions:
@@ -151,7 +154,7 @@ def unavailable(hardware: Hardware) -> str:
 def _prepare_reference(given: argparse.Namespace) -> int:
     """OUT/model: the checkpoint with its export beside it. OUT/baseline: the answers of torch in float32."""
     given.out.mkdir(parents=True, exist_ok=True)
-    given.model = str(_linked_model(given.model, given.out / "model"))
+    given.model = str(linked_model(given.model, given.out / "model", (*CONVERTED, "onnx")))
     status, _ = _baseline(given)
     if status or (Path(given.model) / "onnx" / "lm").exists():
         return status
@@ -183,15 +186,20 @@ def _baseline(given: argparse.Namespace) -> tuple[int, str]:
     return _conformance("baseline", "--model", given.model, "--out", baseline, *_options(cases=given.cases)), baseline
 
 
-def _linked_model(model: str, folder: Path) -> Path:
-    """A folder of links to the model's files: what is converted into it does not land in the model's own folder."""
+def linked_model(model: str, folder: Path, leave_out: Sequence[str] = CONVERTED) -> Path:
+    """A folder of links to the model's files: what is converted into it does not land in the model's own folder.
+
+    leave_out: patterns of conversions that get no link, because a converter that replaces a file follows links.
+    """
     source = resolve_model(model)
     folder.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         link = folder / path.name
+        if any(path.match(pattern) for pattern in leave_out):
+            continue
         # A folder of links for exports, so that others can be added beside them.
         if path.name == "onnx" and path.is_dir():
-            _linked_model(str(path), link)
+            linked_model(str(path), link)
         elif not link.exists():
             link.symlink_to(path.resolve(), target_is_directory=path.is_dir())
     return folder

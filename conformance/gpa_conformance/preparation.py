@@ -42,20 +42,22 @@ def find_codec(checkpoint: Checkpoint, problem: str, spec: str | None) -> tuple[
     """What makes the codec, or None and the reason.
 
     spec: "torch", "onnx" (the export beside the checkpoint), or `package.module:factory` of (bicodec_dir, glm_dir);
-    None takes torch where it is installed, else the export.
+    None takes torch where it is installed, else the export. problem: why the checkpoint's own codec cannot be used, or
+    ""; an export can be all the same.
     """
-    if problem:
+    if problem and spec not in (None, "onnx"):
         return None, problem
     if spec not in (None, "torch", "onnx"):
         split_path("--codec", spec)
         factory = load_attribute("--codec", spec)
         return (lambda: _made_codec(factory, spec, checkpoint)), ""
     try:
-        files = find_codec_files(checkpoint.root, prefer_torch=True, precision="auto" if spec == "onnx" else None)
+        exported = spec == "onnx" or bool(problem)
+        files = find_codec_files(checkpoint.root, prefer_torch=True, precision="auto" if exported else None)
     except (BackendError, CheckpointError) as error:
         if spec is not None:
             raise
-        return None, str(error)
+        return None, problem or str(error)
     if spec == "torch" and not isinstance(files, TorchCodecFiles):
         raise BackendError(f"--codec torch needs torch: {backend_status(BACKENDS[REFERENCE]).remedy}")
     if isinstance(files, TorchCodecFiles):

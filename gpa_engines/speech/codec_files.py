@@ -10,10 +10,8 @@ from pathlib import Path
 
 from gpa_codecs.codec import SpeechCodec
 from gpa_codecs.errors import BackendError, CheckpointError
+from gpa_codecs.onnx_folder import CODEC_FOLDER, CONVERT, FORMAT, MANIFEST, CodecFolder
 from gpa_engines.checkpoint.layout import BICODEC, GLM, Part
-
-ONNX_FORMAT = "gpa-onnx-codec"
-"""What the manifest of an exported codec calls itself."""
 
 GRAPHS: Mapping[Part, tuple[str, ...]] = {
     "bicodec": ("voice", "decoder"),
@@ -21,8 +19,6 @@ GRAPHS: Mapping[Part, tuple[str, ...]] = {
     "glm": ("glm",),
 }
 """The exported networks that stand for a part of the checkpoint; semantic codes need wav2vec2 and BiCodec's encoder."""
-
-EXPORT = "python tools/convert/to_onnx.py MODEL_DIR --what codec"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +56,6 @@ class OnnxCodecFiles:
         """Raise CheckpointError where a graph that stands for one of these parts of the checkpoint is missing or cut
         short, BackendError for a precision that was not exported.
         """
-        from gpa_codecs.onnx_folder import CodecFolder
-
         folder = CodecFolder.open(self.folder)
         folder.decoder_precision(self.precision)
         folder.check([graph for part in parts for graph in GRAPHS.get(part, ())])
@@ -101,7 +95,7 @@ def find_codec_files(
     if precision is not None:
         if exported is None:
             raise CheckpointError(
-                f"{home} holds no exported codec, so there is no precision to choose: export one with {EXPORT}"
+                f"{home} holds no exported codec, so there is no precision to choose: export one with {CONVERT}"
             )
         return OnnxCodecFiles(exported, precision)
     has_torch, has_onnx = (find_spec(package) is not None for package in ("torch", "onnxruntime"))
@@ -113,7 +107,7 @@ def find_codec_files(
     if own and not has_torch:
         raise BackendError(
             f"the codec in {home / BICODEC} needs torch: pip install 'gpa-engines[torch]'; or export it where torch "
-            f"is, {EXPORT}, and carry the folder onnx here"
+            f"is, {CONVERT}, and carry the folder onnx here"
         )
     return _torch_files(home, None, None)
 
@@ -124,8 +118,8 @@ def _torch_files(home: Path, bicodec: Path | None, glm_tokenizer: Path | None) -
 
 def _exports(home: Path) -> Iterator[Path]:
     """Folders of exported codecs that `home` stands for."""
-    for folder in (home, home / "codec", home / "onnx" / "codec"):
-        manifest = folder / "manifest.json"
+    for folder in (home, home / CODEC_FOLDER, home / "onnx" / CODEC_FOLDER):
+        manifest = folder / MANIFEST
         if manifest.is_file() and (folder != home or _calls_itself_codec(manifest)):
             yield folder
 
@@ -135,4 +129,4 @@ def _calls_itself_codec(manifest: Path) -> bool:
         document = json.loads(manifest.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(document, dict) and document.get("format") == ONNX_FORMAT
+    return isinstance(document, dict) and document.get("format") == FORMAT

@@ -16,6 +16,7 @@ import pytest
 
 from gpa_conformance import cli
 from gpa_conformance.baseline import Baseline
+from gpa_conformance.preparation import find_codec, open_checkpoint
 from gpa_conformance.results import RunReport
 from gpa_engines.random_checkpoint import make_checkpoint
 
@@ -274,3 +275,16 @@ def test_a_baseline_is_made_and_an_existing_folder_is_kept(
     assert Baseline.open(tmp_path / "base").logits("logits/ascend-1").kind == "full"
     assert cli.main(command) == cli.MISUSE
     assert "exists already" in capsys.readouterr().err
+
+
+def test_an_exported_codec_serves_where_the_checkpoints_own_is_missing(
+    tiny_checkpoint_copy: Path, onnx_folder: Path
+) -> None:
+    shutil.rmtree(tiny_checkpoint_copy / "BiCodec")
+    checkpoint, problem = open_checkpoint(str(tiny_checkpoint_copy))
+    assert find_codec(checkpoint, problem, None) == (None, problem)
+    shutil.copytree(onnx_folder, tiny_checkpoint_copy / "onnx")
+    make, reason = find_codec(checkpoint, problem, None)
+    assert make is not None
+    assert reason == ""
+    assert make().semantic_cardinality == checkpoint.token_space().semantic.size

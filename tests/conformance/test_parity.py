@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpa_conformance.parity import CONVERTERS, HARDWARE, main
+from gpa_conformance.parity import CONVERTERS, HARDWARE, linked_model, main
 from gpa_conformance.results import RunReport
 from gpa_engines.registry import BACKENDS, Backend
 
@@ -72,3 +72,16 @@ def test_a_run_writes_the_reports_of_every_dtype_and_the_matrix(tiny_checkpoint:
 def test_a_failed_run_fails(tiny_checkpoint: Path, tmp_path: Path) -> None:
     arguments = ["cpu", "--out", str(tmp_path), "--model", str(tiny_checkpoint), "--cases", "logits/no-such-case"]
     assert main(arguments) == 2
+
+
+def test_conversions_that_a_user_has_are_out_of_a_converters_reach(tmp_path: Path) -> None:
+    model = tmp_path / "user"
+    (model / "onnx" / "lm").mkdir(parents=True)
+    for name in ("config.json", "model-F32.gguf", "model-embeddings-f32.safetensors", "model.safetensors"):
+        (model / name).write_text("the user's")
+    folder = linked_model(str(model), tmp_path / "out")
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "onnx"}
+    (folder / "model-F32.gguf").write_text("converted")
+    (folder / "onnx" / "codec").mkdir()
+    assert (model / "model-F32.gguf").read_text() == "the user's"
+    assert [path.name for path in (model / "onnx").iterdir()] == ["lm"]

@@ -120,7 +120,8 @@ async def _run_forced(context: Context, case: Case) -> CaseResult:
                 complaint = await _compete(context, prompt, forced, length, rival, must_win)
                 if complaint:
                     complaints.append(f"{name}: {complaint}; the prefill says otherwise by over {margin:.2g} nats")
-    if not checked and not complaints:
+    if not checked and not complaints and "parting_in_top5" not in context.limits:
+        # Only of the coarsest dtypes: elsewhere rows without two distinct ids are a fault.
         raise Skip(f"no two ids are further apart than the dtype's regret limit allows ({margin:g} nats)")
     found.metrics["competitions"] = checked
     found.check("competitions", checked, ">=", 1, "a case that compared nothing proves nothing")
