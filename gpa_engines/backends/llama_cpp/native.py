@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import llama_cpp.llama_cpp as llama
+import llama_cpp.llama_cpp as llama  # pyright: ignore[reportMissingImports]
 import numpy as np
 from numpy.typing import NDArray
 

@@ -10,7 +10,7 @@ import ctypes
 import os
 import sys
 
-import llama_cpp.llama_cpp as llama
+import llama_cpp.llama_cpp as llama  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-import llama_cpp.llama_cpp as llama
+import llama_cpp.llama_cpp as llama  # pyright: ignore[reportMissingImports]
 
 
 @llama.llama_log_callback
