@@ -64,4 +64,5 @@ class SummedMemory:
         return MemoryUse(*(None if None in column else sum(column) for column in columns))
 
     def reset_peak(self) -> bool:
-        return all([meter.reset_peak() for meter in self._meters])
+        done = [meter.reset_peak() for meter in self._meters]
+        return all(done)

@@ -153,7 +153,7 @@ def _without_npu() -> str:
     return ""
 
 
-def _unsupported(hardware: Hardware, variant: Variant) -> str:
+def unsupported(hardware: Hardware, variant: Variant) -> str:
     """Why the hardware that is here cannot run a variant, or ""."""
     if hardware.device == "npu" and variant.name == "bfloat16":
         from gpa_engines.backends.ascend.runtime import load_torch_npu
@@ -177,7 +177,7 @@ def _run_all(hardware: Hardware, given: argparse.Namespace, baseline: str) -> in
     worst, reports = 0, []
     common = _options(cases=given.cases, known_failures=given.known_failures, device=hardware.device or None)
     for variant in hardware.variants or (Variant("", ""),):
-        if reason := _unsupported(hardware, variant):
+        if reason := unsupported(hardware, variant):
             print(f"{variant.name} skipped: {reason}")
             continue
         name = f"{given.hardware}-{variant.name}" if variant.name else given.hardware

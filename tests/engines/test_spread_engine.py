@@ -221,9 +221,9 @@ def test_closing_ends_what_runs_and_closes_every_engine(load: Callable[..., Guar
             await engine.close()
         assert [(await task).finish_reason for task in running] == ["cancelled", "cancelled"]
         assert [member.closed for member in members] == [1, 1]
-        with pytest.raises(RequestError, match="^the engine is closed; create a new one"):
+        with pytest.raises(RequestError, match=r"^the engine is closed; create a new one"):
             await answer(engine, request((1,), 2))
-        with pytest.raises(RequestError, match="^the engine is closed; create a new one"):
+        with pytest.raises(RequestError, match=r"^the engine is closed; create a new one"):
             await engine.logits((1,))
         members[0].close_failure = None
         await engine.close()

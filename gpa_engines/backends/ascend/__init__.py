@@ -39,8 +39,8 @@ def create_engine(
         costs 112 KiB at the released size, in float32 twice that, taken at the start.
     max_batch: requests that run on one card at a time; more wait in order.
     prefill_chunk: prompt tokens read per step, while running requests go on.
-    Raises BackendError for a value or device that cannot be had, and where torch_npu or CANN is missing; CheckpointError
-    for a damaged checkpoint.
+    Raises BackendError for a value or device that cannot be had, and where torch_npu or CANN is missing;
+    CheckpointError for a damaged checkpoint.
     """
     from gpa_engines.backends.ascend.cards import check_cards, parse_cards
     from gpa_engines.backends.ascend.runtime import load_torch_npu

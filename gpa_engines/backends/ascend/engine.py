@@ -60,7 +60,7 @@ def build_engine(
 
 
 def choose_dtype(name: str, torch_npu: ModuleType, card: int) -> str:
-    """One of `DTYPES`. "auto" is bfloat16, as the model was released, and float16 on a chip without it (Ascend 910A)."""
+    """One of `DTYPES`. "auto" is bfloat16, as released, and float16 on a chip without it, such as the Ascend 910A."""
     supported = torch_npu.npu.is_bf16_supported()
     if name == "auto":
         return "bfloat16" if supported else "float16"

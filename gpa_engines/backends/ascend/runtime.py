@@ -25,14 +25,13 @@ _MISSING_LIBRARY = re.compile(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared obje
 
 
 def load_torch_npu() -> ModuleType:
-    """The module torch_npu, imported. Raises BackendError saying which of torch_npu, CANN and a fitting pair is missing.
+    """The module torch_npu, imported. Raises BackendError saying whether it, CANN or a fitting pair is missing.
 
     Kernels that exist are used as they are, and none is compiled for a shape: requests of every length come.
     """
     if find_spec("torch_npu") is None:
         raise BackendError(
-            "backend 'ascend' needs torch_npu: pip install 'gpa-engines[ascend]', and Huawei's CANN beside it; "
-            f"{PAIRS}"
+            f"backend 'ascend' needs torch_npu: pip install 'gpa-engines[ascend]', and Huawei's CANN beside it; {PAIRS}"
         )
     try:
         with _without_autoload():

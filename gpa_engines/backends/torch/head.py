@@ -59,9 +59,9 @@ class Head:
         if isinstance(linear, PlainLinear) and _address(linear.weight) != _address(self.weight):
             mebibytes = self.weight.nbytes / 2**20
             raise BackendError(
-                f"on {self.weight.device} the head is a second copy of the embedding table ({mebibytes:.0f} MiB), which "
-                "config.json ties: torch copied a tensor that was in its place already; use versions of torch and of "
-                "the device's package that pair"
+                f"on {self.weight.device} the head is a second copy of the embedding table ({mebibytes:.0f} MiB), "
+                "which config.json ties: torch copied a tensor that was in its place already; use versions of "
+                "torch and of the device's package that pair"
             )
 
     def _whole(self) -> Linear:

@@ -17,8 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from gpa_codecs.errors import BackendError, RequestError
+from gpa_conformance.parity import HARDWARE, unavailable, unsupported
 from gpa_engines.backends.ascend import create_engine
-from gpa_engines.backends.torch import attention, create_engine as create_torch_engine
+from gpa_engines.backends.torch import attention
+from gpa_engines.backends.torch import create_engine as create_torch_engine
 from gpa_engines.backends.torch import model as torch_model
 from gpa_engines.backends.torch.engine import TorchStepModel
 from gpa_engines.backends.torch.linear import PlainLinear, WeightFormat
@@ -29,7 +31,7 @@ from gpa_engines.registry import require_backend
 from gpa_engines.spread_engine import SpreadEngine
 from gpa_engines.step_engine import StepEngine
 from tests.backends.ascend import simulated_npu
-from tests.engines.generating import answer, answers, every_row, allocate, mixed_requests, relative_l2, request
+from tests.engines.generating import allocate, answer, answers, every_row, mixed_requests, relative_l2, request
 
 CPU = torch.device("cpu")
 CARDS = 2
@@ -43,7 +45,8 @@ def npu_engine(tiny_checkpoint: Path) -> Iterator[Callable[..., Any]]:
     engines: list[Engine] = []
 
     def create(**options: Any) -> Engine:
-        engines.append(create_engine(tiny_checkpoint, **{"dtype": "float32"} | options))
+        options.setdefault("dtype", "float32")
+        engines.append(create_engine(tiny_checkpoint, **options))
         return engines[-1]
 
     yield create
@@ -193,7 +196,7 @@ def test_operations_on_two_devices_raise() -> None:
     here, there = torch.ones(3, device="npu:0"), torch.ones(3, device="npu:1")
     for other in (torch.ones(3), there):
         with pytest.raises(RuntimeError, match="same device, but found at least two devices"):
-            here + other
+            _ = here + other
     assert (here + torch.tensor(2.0)).tolist() == [3.0, 3.0, 3.0]
 
 
@@ -231,10 +234,19 @@ def test_a_chip_without_bfloat16_holds_none(bfloat16: Callable[[bool], None]) ->
         torch.ones(3, dtype=torch.bfloat16).to("npu:0")
 
 
+def test_parity_runs_what_the_chip_can(bfloat16: Callable[[bool], None]) -> None:
+    hardware = HARDWARE["ascend"]
+    assert unavailable(hardware) == ""
+    for has, reason in ((True, ""), (False, "the NPU has no bfloat16")):
+        bfloat16(has)
+        reasons = {each.name: unsupported(hardware, each) for each in hardware.variants}
+        assert reasons == {"float32": "", "bfloat16": reason, "float16": ""}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "bfloat16"}, r"'bfloat16' is not available: npu:0 \(simulated device\) has no bfloat16; use float16"),
+        ({"dtype": "bfloat16"}, r"'bfloat16' is not available: npu:0 \(simulated device\) has no bfloat16; use"),
         ({"dtype": "int8"}, "dtype 'int8' is not offered on an NPU: there is no product with int8 weights"),
         ({"dtype": "float64"}, "dtype 'float64' is unknown; expected auto, bfloat16, float16, float32"),
         ({"device": "npu:2"}, "device 'npu:2' is not available: torch_npu .* sees 2, npu:0 to npu:1"),

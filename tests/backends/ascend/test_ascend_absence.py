@@ -38,8 +38,8 @@ def test_torch_npu_is_not_installed() -> None:
     [
         (
             f"ImportError({NO_CANN!r})",
-            "torch_npu is installed, but CANN is not, or not set up in this shell: libhccl.so cannot be opened; install "
-            "CANN and its driver, then `source /usr/local/Ascend/ascend-toolkit/set_env.sh`",
+            "torch_npu is installed, but CANN is not, or not set up in this shell: libhccl.so cannot be opened; "
+            "install CANN and its driver, then `source /usr/local/Ascend/ascend-toolkit/set_env.sh`",
         ),
         (
             "ImportError('undefined symbol: _ZN3c10')",

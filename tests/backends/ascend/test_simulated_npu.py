@@ -1,4 +1,4 @@
-"""Every test of on_simulated_npu.py, which is run once, in a process of its own: a simulated device cannot be undone."""
+"""Every test of on_simulated_npu.py, which runs once, in its own process: a simulated device cannot be undone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 FILE = Path(__file__).with_name("on_simulated_npu.py")
