@@ -156,7 +156,7 @@ class PaddedPlan:
         padded = padded.view(self.batch, self.queries, kv_heads, group, width).permute(0, 2, 3, 1, 4)
         shape = (self.batch, kv_heads, group * self.queries, width)
         mask = self.mask.expand(-1, 1, group, -1, -1).reshape(self.batch, 1, group * self.queries, -1)
-        result = self.kernel(padded.reshape(shape), *seen, mask)
+        result = self.kernel(padded.reshape(shape), seen[0], seen[1], mask)
         result = result.view(self.batch, kv_heads, group, self.queries, width).permute(0, 3, 1, 2, 4)
         result = result.reshape(self.batch * self.queries, heads * width)
         return result if self.queries == 1 else result.index_select(0, self.placed)
