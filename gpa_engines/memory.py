@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Protocol, runtime_checkable
 
 
@@ -45,3 +46,23 @@ class MemoryReport(Protocol):
     def memory_meter(self) -> MemoryMeter | None:
         """None where the engine's memory is the process's, as on a CPU."""
         ...
+
+
+class SummedMemory:
+    """The meters of several devices as one; the sum of their peaks may be more than was ever held at one time."""
+
+    def __init__(self, meters: Sequence[MemoryMeter]) -> None:
+        self._meters = meters
+
+    @property
+    def source(self) -> str:
+        return f"{', '.join(dict.fromkeys(meter.source for meter in self._meters))}; sum of {len(self._meters)} devices"
+
+    def read(self) -> MemoryUse:
+        uses = [meter.read() for meter in self._meters]
+        columns = ([getattr(use, field.name) for use in uses] for field in fields(MemoryUse))
+        return MemoryUse(*(None if None in column else sum(column) for column in columns))
+
+    def reset_peak(self) -> bool:
+        done = [meter.reset_peak() for meter in self._meters]
+        return all(done)

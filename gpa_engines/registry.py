@@ -53,7 +53,7 @@ BACKENDS = {
         Backend("onnx", "CPU, ONNX Runtime", "gpa_engines.backends.onnx", ("onnxruntime",), "onnx", own_format=True),
         Backend("vllm", "CUDA servers; CPU"),
         Backend("sglang", "CUDA servers"),
-        Backend("ascend", "Ascend NPU"),
+        Backend("ascend", "Ascend NPU", "gpa_engines.backends.ascend", ("torch", "torch_npu"), "ascend"),
     )
 }
 """Every backend that the project is built for, in the order in which they are listed."""

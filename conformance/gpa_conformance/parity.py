@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from gpa_codecs.errors import BackendError
 from gpa_engines.hub import resolve_model
 from gpa_engines.registry import BACKENDS, backend_status
 
@@ -71,7 +72,7 @@ class Hardware:
 HARDWARE = {
     "cpu": Hardware("torch", "cpu", (Variant("float32"), Variant("bfloat16"), Variant("int8"))),
     "cuda": Hardware("torch", "cuda", (Variant("float32"), Variant("bfloat16"), Variant("float16"))),
-    "ascend": Hardware("ascend"),
+    "ascend": Hardware("ascend", "npu", (Variant("float32"), Variant("bfloat16"), Variant("float16"))),
     "mlx": Hardware(
         "mlx",
         variants=(
@@ -148,6 +149,30 @@ def unavailable(hardware: Hardware) -> str:
         return f"backend {hardware.backend!r} {status.detail}: {status.remedy}"
     if hardware.device == "cuda" and not import_module("torch").cuda.is_available():
         return "torch sees no CUDA device"
+    if hardware.device == "npu":
+        return _without_npu()
+    return ""
+
+
+def _without_npu() -> str:
+    """What of CANN and the NPU is missing, or "". Imports torch_npu, which must be installed."""
+    from gpa_engines.backends.ascend.cards import check_cards
+    from gpa_engines.backends.ascend.runtime import load_torch_npu
+
+    try:
+        check_cards(load_torch_npu(), (0,))
+    except BackendError as error:
+        return str(error)
+    return ""
+
+
+def unsupported(hardware: Hardware, variant: Variant) -> str:
+    """Why the hardware that is here cannot run a variant, or ""."""
+    if hardware.device == "npu" and variant.name == "bfloat16":
+        from gpa_engines.backends.ascend.runtime import load_torch_npu
+
+        if not load_torch_npu().npu.is_bf16_supported():
+            return "the NPU has no bfloat16"
     return ""
 
 
@@ -165,6 +190,9 @@ def _run_all(hardware: Hardware, given: argparse.Namespace, baseline: str) -> in
     worst, reports = 0, []
     common = _options(cases=given.cases, known_failures=given.known_failures, device=hardware.device or None)
     for variant in hardware.variants or (Variant("", ""),):
+        if reason := unsupported(hardware, variant):
+            print(f"{variant.name} skipped: {reason}")
+            continue
         name = f"{given.hardware}-{variant.name}" if variant.name else given.hardware
         outputs = {kind: str(given.out / f"{name}.{kind}") for kind in ("json", "html", "markdown")}
         target = ("--model", given.model, "--backend", hardware.backend, "--baseline", baseline)

@@ -7,7 +7,7 @@ keys and values are never repeated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,6 +37,32 @@ class AttentionPlan(Protocol):
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """queries: [M, heads, D]; keys, values: [M, kv_heads, D] -> [M, heads · D], contiguous."""
         ...
+
+
+PlanFactory = Callable[[KVCache, Sequence[Span], int], AttentionPlan]
+"""(cache, spans, rows of the step) -> the step's plan."""
+
+AttentionKernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""queries: [B, H, Q, D]; keys, values: [B, H, K, D]; mask: bool[B, 1, Q, K], True where a query looks; -> [B, H, Q, D].
+Where a device's own fused attention would come in."""
+
+
+def eager_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention as two products and a float32 softmax, which every device has and computes in one known order."""
+    # Scaled before the product, which could be beyond float16 otherwise.
+    scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
+    weights = scores.float().masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return weights.to(values.dtype) @ values
+
+
+def padded_plans(kernel: AttentionKernel) -> PlanFactory:
+    """Plans that make one call of `kernel` for all rows."""
+    return lambda cache, spans, rows: PaddedPlan(cache, spans, kernel=kernel)
+
+
+def usual_plans(device: torch.device) -> PlanFactory:
+    """A call per row on a CPU, one call for all elsewhere."""
+    return RowPlan if device.type == "cpu" else padded_plans(F.scaled_dot_product_attention)
 
 
 class RowPlan:
@@ -85,8 +111,15 @@ class PaddedPlan:
     bucket: the padded key count is a multiple of it, so that few shapes occur.
     """
 
-    def __init__(self, cache: KVCache, spans: Sequence[Span], bucket: int = 256) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        spans: Sequence[Span],
+        bucket: int = 256,
+        kernel: AttentionKernel = F.scaled_dot_product_attention,
+    ) -> None:
         self.cache = cache
+        self.kernel = kernel
         self.batch = len(spans)
         self.queries = max(span.count for span in spans)
         length = -(-max(span.length for span in spans) // bucket) * bucket
@@ -123,7 +156,7 @@ class PaddedPlan:
         padded = padded.view(self.batch, self.queries, kv_heads, group, width).permute(0, 2, 3, 1, 4)
         shape = (self.batch, kv_heads, group * self.queries, width)
         mask = self.mask.expand(-1, 1, group, -1, -1).reshape(self.batch, 1, group * self.queries, -1)
-        result = F.scaled_dot_product_attention(padded.reshape(shape), *seen, attn_mask=mask)
+        result = self.kernel(padded.reshape(shape), seen[0], seen[1], mask)
         result = result.view(self.batch, kv_heads, group, self.queries, width).permute(0, 3, 1, 2, 4)
         result = result.reshape(self.batch * self.queries, heads * width)
         return result if self.queries == 1 else result.index_select(0, self.placed)

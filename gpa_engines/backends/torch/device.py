@@ -1,12 +1,39 @@
-"""Which device, and which dtype on it."""
+"""Which device, which dtype on it, and what else is particular to it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from gpa_codecs.errors import BackendError
+from gpa_engines.backends.torch.attention import PlanFactory
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where an engine's model is and how it computes there; made by the backend that serves the kind of device.
+
+    backend: its name. dtype: one of `DTYPES`. plans: of attention; None takes the usual ones of the device. enter:
+    called first on every thread that works for the engine, for settings that belong to a thread. note: about the
+    device, for `EngineInfo.note`.
+    """
+
+    backend: str
+    device: torch.device
+    dtype: str
+    plans: PlanFactory | None = None
+    enter: Callable[[], object] | None = None
+    note: str = ""
+
+
+def move(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The tensor on the device; converted first, because a device may lack the dtype that it is stored in."""
+    return tensor.to(dtype).to(device)
 
 
 def choose_device(name: str) -> torch.device:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from gpa_codecs.errors import BackendError
-from gpa_engines.backends.torch.attention import AttentionPlan, PaddedPlan, RowPlan, Span
+from gpa_engines.backends.torch.attention import AttentionPlan, PlanFactory, Span, usual_plans
 from gpa_engines.backends.torch.cuda_graphs import CudaGraphs
-from gpa_engines.backends.torch.device import choose_device, choose_dtype
+from gpa_engines.backends.torch.device import Placement, choose_device, choose_dtype
 from gpa_engines.backends.torch.head import Head
 from gpa_engines.backends.torch.kv_cache import KVCache
 from gpa_engines.backends.torch.linear import WeightFormat, weight_format
@@ -30,7 +30,10 @@ CAPABILITIES = frozenset(("logits", "batch", "allowed", "seed", "chunked_prefill
 
 
 class TorchStepModel:
-    """A :class:`~gpa_engines.step_model.StepModel` in torch."""
+    """A :class:`~gpa_engines.step_model.StepModel` in torch.
+
+    plans: how a step's attention is computed; None takes the device's usual way.
+    """
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class TorchStepModel:
         *,
         max_tokens: int,
         max_batch: int,
+        plans: PlanFactory | None = None,
         cuda_graphs: bool = False,
     ) -> None:
         self.vocab_size = config.vocab_size
@@ -47,6 +51,7 @@ class TorchStepModel:
         self.max_batch = max_batch
         self.max_tokens = max_tokens
         self.format = weights
+        self.plans = plans or usual_plans(weights.device)
         self.model = Qwen3(folder, config, weights, min(max_tokens, self.max_context))
         self.head = Head(self.model.head_weight, weights)
         self.cache = KVCache(
@@ -119,9 +124,22 @@ class TorchStepModel:
         return results
 
     def _plan(self, spans: Sequence[Span], rows: int) -> AttentionPlan:
-        if self.format.device.type == "cpu":
-            return RowPlan(self.cache, spans, rows)
-        return PaddedPlan(self.cache, spans)
+        return self.plans(self.cache, spans, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSizes:
+    """What a user sets of an engine's size, as `create_engine` explains it. Raises BackendError for a value below 1."""
+
+    max_tokens_in_flight: int
+    max_batch: int
+    prefill_chunk: int
+    threads: int | None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and value < 1:
+                raise BackendError(f"{name} is {value}; expected at least 1")
 
 
 def build_engine(
@@ -135,29 +153,51 @@ def build_engine(
     cuda_graphs: bool,
 ) -> StepEngine:
     """What :func:`gpa_engines.backends.torch.create_engine` does, once torch may be imported."""
-    folder = Path(checkpoint_dir)
-    sizes = {"max_tokens_in_flight": max_tokens_in_flight, "max_batch": max_batch, "prefill_chunk": prefill_chunk}
-    for name, value in (sizes | ({} if threads is None else {"threads": threads})).items():
-        if value < 1:
-            raise BackendError(f"{name} is {value}; expected at least 1")
+    sizes = EngineSizes(max_tokens_in_flight, max_batch, prefill_chunk, threads)
     chosen = choose_device(device)
     dtype = choose_dtype(dtype, chosen)
     if cuda_graphs and chosen.type != "cuda":
         raise BackendError(f"cuda_graphs needs a CUDA device; the device is {chosen.type!r}")
+    return load_engine(Path(checkpoint_dir), Placement("torch", chosen, dtype), sizes, cuda_graphs=cuda_graphs)
+
+
+def load_engine(folder: Path, placement: Placement, sizes: EngineSizes, *, cuda_graphs: bool = False) -> StepEngine:
+    """Load a checkpoint's language model to where it is placed. Raises CheckpointError for a damaged checkpoint."""
     config = LMConfig.from_file(folder / "config.json")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    model = in_passing_thread(
-        lambda: TorchStepModel(
+
+    def enter() -> None:
+        # torch counts threads per calling thread.
+        if sizes.threads is not None:
+            torch.set_num_threads(sizes.threads)
+        if placement.enter is not None:
+            placement.enter()
+
+    def load() -> TorchStepModel:
+        enter()
+        model = TorchStepModel(
             folder,
             config,
-            weight_format(dtype, chosen),
-            max_tokens=max_tokens_in_flight,
-            max_batch=max_batch,
+            weight_format(placement.dtype, placement.device),
+            max_tokens=sizes.max_tokens_in_flight,
+            max_batch=sizes.max_batch,
+            plans=placement.plans,
             cuda_graphs=cuda_graphs,
         )
+        if config.tie_word_embeddings and placement.device.type != "cpu":
+            model.head.check_tied()
+        return model
+
+    if sizes.threads is not None:
+        torch.set_num_threads(sizes.threads)
+    model = in_passing_thread(load)
+    info = EngineInfo(
+        placement.backend,
+        str(placement.device),
+        placement.dtype,
+        config.vocab_size,
+        model.max_context,
+        CAPABILITIES,
+        placement.note,
     )
-    info = EngineInfo("torch", str(chosen), dtype, config.vocab_size, model.max_context, CAPABILITIES)
-    # torch counts threads per calling thread: the engine's own thread needs the setting too.
-    start = None if threads is None else functools.partial(torch.set_num_threads, threads)
-    return StepEngine(info, model, prefill_chunk=prefill_chunk, on_start=start, memory_meter=device_memory(chosen))
+    meter = device_memory(placement.device)
+    return StepEngine(info, model, prefill_chunk=sizes.prefill_chunk, on_start=enter, memory_meter=meter)

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpa_engines.backends.torch.linear import Linear, WeightFormat
+from gpa_codecs.errors import BackendError
+from gpa_engines.backends.torch.linear import Linear, PlainLinear, WeightFormat
 from gpa_engines.step_model import CandidateSet
 
 
@@ -52,6 +53,17 @@ class Head:
         logits = (linear.wide(rows) if wide else linear(rows))[:count].float().cpu().numpy()
         return logits if wanted is None or restricted else logits[:, wanted.ids]
 
+    def check_tied(self) -> None:
+        """Raise BackendError where the layer of a tied, unchanged weight would take the table's memory once more."""
+        linear = self._whole()
+        if isinstance(linear, PlainLinear) and _address(linear.weight) != _address(self.weight):
+            mebibytes = self.weight.nbytes / 2**20
+            raise BackendError(
+                f"on {self.weight.device} the head is a second copy of the embedding table ({mebibytes:.0f} MiB), "
+                "which config.json ties: torch copied a tensor that was in its place already; use versions of "
+                "torch and of the device's package that pair"
+            )
+
     def _whole(self) -> Linear:
         if self.full is None:
             self.full = self.format.build(self.weight)
@@ -64,6 +76,10 @@ class Head:
                 self.restricted.popitem(last=False)
         self.restricted.move_to_end(wanted)
         return self.restricted[wanted]
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _select(weight: Tensor, ids: NDArray[np.int64]) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpa_engines.backends.torch.device import move
+
 
 class Linear(Protocol):
     """x: [M, K] in the format's compute dtype -> [M, N] in the same."""
@@ -49,7 +51,7 @@ def weight_format(dtype: str, device: torch.device) -> WeightFormat:
         compute = torch.bfloat16 if dtype == "int8" else getattr(torch, dtype)
         if dtype == "int8":
             return WeightFormat(dtype, device, compute, lambda weight: ExpandedInt8Linear(weight, device))
-        return WeightFormat(dtype, device, compute, lambda weight: PlainLinear(weight.to(device, compute)))
+        return WeightFormat(dtype, device, compute, lambda weight: PlainLinear(move(weight, device, compute)))
     if dtype == "int8":
         # Measured on two AVX-512 cores: up to 16 rows the int8 kernel is as fast, at 256 three times slower.
         return WeightFormat(dtype, device, torch.bfloat16, Int8Linear, wide_from=24)

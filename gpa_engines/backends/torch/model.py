@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gpa_codecs.weights import load_weights
 from gpa_engines.backends.torch.attention import AttentionPlan
+from gpa_engines.backends.torch.device import move
 from gpa_engines.backends.torch.linear import Linear, WeightFormat
 from gpa_engines.lm_config import LMConfig
 
@@ -45,7 +46,7 @@ class Qwen3:
         self.format = weights
         self.embedding, self.head_weight = _load_tables(folder, config, weights)
         stored = load_weights(folder, _layer_shapes(config))
-        self.final_norm = stored.pop("model.norm.weight").to(weights.device, torch.float32)
+        self.final_norm = move(stored.pop("model.norm.weight"), weights.device, torch.float32)
         self.layers = [_build_layer(stored, index, config, weights) for index in range(config.num_hidden_layers)]
         self.rotation = _rotary_table(config, positions).to(weights.device)
 
@@ -115,7 +116,7 @@ def _load_tables(folder: Path, config: LMConfig, weights: WeightFormat) -> tuple
     names = ["model.embed_tokens.weight"] + ([] if config.tie_word_embeddings else ["lm_head.weight"])
     tables = load_weights(folder, dict.fromkeys(names, (config.vocab_size, config.hidden_size)))
     if weights.device.type != "cpu":
-        tables = {name: table.to(weights.device, weights.compute) for name, table in tables.items()}
+        tables = {name: move(table, weights.device, weights.compute) for name, table in tables.items()}
     return tables[names[0]], tables[names[-1]]
 
 
@@ -149,7 +150,7 @@ def _build_layer(stored: Mapping[str, Tensor], index: int, config: LMConfig, wei
         return stored[f"model.layers.{index}.{name}.weight"]
 
     def norm(name: str) -> Tensor:
-        return get(name).to(weights.device, torch.float32)
+        return move(get(name), weights.device, torch.float32)
 
     width = config.head_dim
     queries, keys = (_pair_up(get(f"self_attn.{name}"), width) for name in ("q_proj", "k_proj"))
