@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from gpa_codecs.errors import RequestError
+from gpa_codecs.errors import DeclinedRequest
 from gpa_engines.engine import GenerationRequest
 from gpa_engines.sampling import candidate_ids
 
@@ -25,7 +25,7 @@ HIGHEST_TEMPERATURE = 2.0
 def vllm_fields(request: GenerationRequest, seed: int) -> dict[str, Any]:
     """The fields by name, of JSON's types. The stop id that ends an answer is part of what vLLM gives.
 
-    Raises RequestError for what vLLM cannot do as asked.
+    Raises DeclinedRequest for what vLLM cannot do as asked.
     """
     sampling = request.sampling
     greedy = sampling.temperature == 0
@@ -73,12 +73,12 @@ def _check(request: GenerationRequest) -> None:
     if sampling.temperature == 0:
         return
     if not LOWEST_TEMPERATURE <= sampling.temperature <= HIGHEST_TEMPERATURE:
-        raise RequestError(
+        raise DeclinedRequest(
             f"temperature is {sampling.temperature}; vLLM samples only from {LOWEST_TEMPERATURE} to "
             f"{HIGHEST_TEMPERATURE:g}: give one of these, or 0 for greedy"
         )
     if sampling.top_p < 1 and sampling.min_p > 0:
-        raise RequestError(
+        raise DeclinedRequest(
             f"top_p {sampling.top_p} and min_p {sampling.min_p} are both given; vLLM applies min_p first, which draws "
             "from other tokens than top_p first: give one of the two"
         )
