@@ -27,9 +27,9 @@ class ServerKind:
 class ExpectedModel:
     """What the local folder and the caller know of the model that a server is to have.
 
-    vocab_size, max_context: of config.json. end_ids: the model's own end ids, which a server may add to ours. dtype: what
-    the servers compute in, as far as it cannot be seen from outside. served_name: under which the server has it, None
-    for the only one.
+    vocab_size, max_context: of config.json. end_ids: the model's own end ids, which a server may add to ours. dtype:
+    what the servers are said to compute in, or "auto". served_name: under which they have the model, None for the only
+    one.
     """
 
     vocab_size: int
@@ -78,7 +78,7 @@ async def find_kind(server: HttpServer) -> ServerKind:
     )
 
 
-async def open_engine(server: HttpServer, expected: ExpectedModel) -> ServerEngine:
+async def open_server(server: HttpServer, expected: ExpectedModel) -> ServerEngine:
     """The engine for a server of any kind. Raises BackendError for one that cannot be used, ServerError as above."""
     kind = await find_kind(server)
     opened: OpenEngine = import_module(KINDS[kind.name]).open_engine
