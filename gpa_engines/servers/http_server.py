@@ -275,7 +275,9 @@ class HttpServer:
                 f"{self.url}: its certificate is not trusted ({words}); name the authority that signed it with "
                 "ca_file, or, where nobody can listen, switch the check off with verify=false"
             )
-        if "SSL" in words:
+        if self.url.startswith("https") and not str(error):
+            words = "the server ended the handshake"
+        if "SSL" in words or "handshake" in words:
             return f"{self.url}: no TLS connection ({words}); if the server has no certificate, its url begins http://"
         return f"{self.url} cannot be reached: {words}; {_START}"
 
