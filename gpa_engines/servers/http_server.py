@@ -19,10 +19,8 @@ from urllib.parse import urlsplit
 import httpx
 
 from gpa_codecs.errors import BackendError, RequestError
+from gpa_engines.servers.environment import KEY_VARIABLE
 from gpa_engines.servers.event_stream import EventParser, EventTooLong
-
-KEY_VARIABLE = "GPA_REMOTE_KEY"
-"""Environment variable that holds the bearer key."""
 
 KEY_REMEDY = f"set {KEY_VARIABLE} in the environment or name a file that holds it with key_file (--key-file)"
 

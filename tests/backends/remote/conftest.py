@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("httpx", reason="needs httpx")
 
-from gpa_engines.servers.http_server import KEY_VARIABLE
+from gpa_engines.servers.environment import KEY_VARIABLE, URL_VARIABLE
 from tests.servers.fake_vllm import VOCABULARY, FakeVllm
 
 CONFIG = {
@@ -31,8 +31,9 @@ CONFIG = {
 
 
 @pytest.fixture(autouse=True)
-def _no_key_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+def _nothing_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(URL_VARIABLE, raising=False)
 
 
 @pytest.fixture

@@ -80,6 +80,12 @@ def test_the_key_is_a_files_or_the_environments(tmp_path: Path, monkeypatch: pyt
         read_key(file)
 
 
+def test_the_addresses_may_be_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPA_REMOTE_URL", "http://a:1,http://b:2")
+    assert [server.url for server in settings(url=None).servers] == ["http://a:1", "http://b:2"]
+    assert [server.url for server in settings(url="http://c:3").servers] == ["http://c:3"]
+
+
 def test_no_option_takes_a_key_in_clear_and_nothing_chooses_this_backend(folder: Path) -> None:
     assert "key" not in backend_options("remote")
     with pytest.raises(BackendError, match="has no option 'key'"):
