@@ -42,7 +42,10 @@ def text_task(folder: Path, *more: str) -> tuple[str, ...]:
         ((*STT, "--url", "http://a"), "--url is for --backend remote; give that, or leave --url out"),
         ((*STT, "--backend", "torch", "--url", "http://a"), "--url is for --backend remote"),
         ((*STT, "--backend", "onnx", "--key-file", "k"), "--key-file is for --backend remote"),
-        ((*STT, "--backend", "remote"), "--backend remote needs --url http://host:8000, once per server, or GPA_REMOTE_URL"),
+        (
+            (*STT, "--backend", "remote"),
+            "--backend remote needs --url http://host:8000, once per server, or GPA_REMOTE_URL",
+        ),
         ((*STT, "--backend", "remote", "--url", "http://a", "--option", "url=b"), "--url is the option for it"),
         ((*STT, "--backend", "remote", "--url", "http://a", "--option", "key=b"), "a key on a command line is seen by"),
         (("--task", "text", "--prompt", "x", "--model", "m", "--backend", "remote"), "--backend remote needs --url"),

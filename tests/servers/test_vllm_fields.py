@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from gpa_codecs.errors import DeclinedRequest
@@ -10,9 +12,9 @@ from gpa_engines.servers.vllm_fields import after_minimum, until_minimum, vllm_f
 
 
 def request(
-    stops: tuple[int, ...] = (), allowed: tuple[range, ...] | None = None, **sampling: float
+    stops: tuple[int, ...] = (), allowed: tuple[range, ...] | None = None, **sampling: Any
 ) -> GenerationRequest:
-    return GenerationRequest((1, 2), SamplingParams(**sampling), stops, allowed)  # type: ignore[arg-type]
+    return GenerationRequest((1, 2), SamplingParams(**sampling), stops, allowed)
 
 
 def test_every_field_is_named() -> None:
@@ -70,17 +72,18 @@ def test_greedy_switches_every_filter_off_and_nothing_waits_without_a_stop_id() 
         ({"temperature": 1.0, "top_p": 0.9, "min_p": 0.1}, r"top_p 0.9 and min_p 0.1 .* give one of the two"),
     ],
 )
-def test_what_vllm_would_do_otherwise_is_declined(sampling: dict[str, float], message: str) -> None:
+def test_what_vllm_would_do_otherwise_is_declined(sampling: dict[str, Any], message: str) -> None:
     with pytest.raises(DeclinedRequest, match=message):
         vllm_fields(request(**sampling), 0)
 
 
 def test_what_vllm_does_alike_is_not_declined() -> None:
-    for sampling in (
+    alike: list[dict[str, Any]] = [
         {"temperature": 0.01},
         {"temperature": 2.0, "top_k": 4, "min_p": 0.1},
         {"top_p": 0.5, "min_p": 0.5},
-    ):
+    ]
+    for sampling in alike:
         vllm_fields(request(**sampling), 0)
 
 
