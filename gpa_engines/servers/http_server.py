@@ -24,6 +24,10 @@ from gpa_engines.servers.event_stream import EventParser, EventTooLong
 
 KEY_REMEDY = f"set {KEY_VARIABLE} in the environment or name a file that holds it with key_file (--key-file)"
 
+KEPT_ALIVE = 2.0
+"""Seconds that an idle connection is kept. Servers on uvicorn end theirs after 5: a request on one that is just ending
+would look like a server that died."""
+
 SHOWN = 300
 """Characters of a server's own words that a message repeats."""
 
@@ -172,7 +176,7 @@ class HttpServer:
                 verify=self._context,
                 # Every wait has a limit of its own below, of which there are more than httpx has.
                 timeout=httpx.Timeout(None, connect=self.access.connect_timeout),
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=KEPT_ALIVE),
                 follow_redirects=False,
             )
             self._loop = loop

@@ -56,14 +56,13 @@ class RealVllm:
         assert python is not None
         command = [
             *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self._model)),
-            *("--host", "127.0.0.1", "--port", str(self.port), "--api-key", self._key),
+            *("--host", "127.0.0.1", "--port", str(self.port)),
             *("--generation-config", "vllm", "--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "32"),
             *("--max-logprobs", "-1", "--logprobs-mode", "raw_logits", "--enforce-eager", "--seed", "0"),
         ]
+        environment = {**_environment(), **ENVIRONMENT, "VLLM_API_KEY": self._key}
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, env={**_environment(), **ENVIRONMENT}, start_new_session=True
-            )
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         begun = time.monotonic()
         while not self._answers():
             late = time.monotonic() - begun > STARTED

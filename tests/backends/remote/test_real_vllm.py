@@ -6,6 +6,7 @@ Runs where vLLM is: `tox -e vllm`, or GPA_VLLM_PYTHON names a Python that has it
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -18,6 +19,7 @@ pytest.importorskip("httpx", reason="needs httpx")
 pytest.importorskip("torch", reason="needs torch, with which vLLM is compared")
 
 from gpa_codecs.errors import BackendError, CapacityError, DeclinedRequest, RequestError
+from gpa_engines.cli.run import main as gpa_run
 from gpa_engines.engine import Engine, GenerationRequest, SamplingParams
 from gpa_engines.registry import create_engine
 from gpa_engines.sampling import Sampler
@@ -153,6 +155,41 @@ def test_draws_follow_the_shared_rule(sampling: dict[str, Any], remote: Engine) 
         assert [each.ids for each in again] == [each.ids for each in first[:20]], "the same seed, the same token"
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        ("--task", "stt", "--src-audio", "zh_female_16k.wav"),
+        ("--task", "tts-a", "--ref-audio", "en_male.ogg", "--text", "Hello there."),
+        ("--task", "vc", "--src-audio", "en_female.flac", "--ref-audio", "en_male_16k.wav"),
+    ],
+    ids=lambda task: task[1],
+)
+def test_the_speech_tasks_are_the_torch_engines_without_the_weights(
+    task: tuple[str, ...],
+    server: RealVllm,
+    tiny_checkpoint_copy: Path,
+    audio_dir: Path,
+    tmp_path: Path,
+    key: None,
+    capfdbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    """Real audio through gpa-run: the same text, or the same samples, as greedy torch gives in float32."""
+    assert gpa_run(["fingerprint", "--model", str(tiny_checkpoint_copy)]) == 0
+    arguments = [str(audio_dir / each) if (audio_dir / each).is_file() else each for each in task]
+    common = [*arguments, "--model", str(tiny_checkpoint_copy), "--dtype", "float32", "--temperature", "0"]
+    results = []
+    for more in (["--backend", "torch"], ["--backend", "remote", "--url", server.url]):
+        out = tmp_path / f"{more[1]}.out"
+        capfdbinary.readouterr()
+        assert gpa_run([*common, *more, "--max-new-tokens", "100", "--json", "-o", str(out)]) == 0
+        report = json.loads(capfdbinary.readouterr().out)
+        assert report["backend"] == more[1]
+        results.append((out.read_bytes(), report["new_tokens"], [piece["finish_reason"] for piece in report["pieces"]]))
+        (tiny_checkpoint_copy / "model.safetensors").unlink(missing_ok=True)
+    assert results[0] == results[1]
+    assert results[0][1] > 20
 
 
 def test_bad_requests_are_said_and_harm_nobody(remote: Engine) -> None:
