@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -28,8 +28,15 @@ KEPT_ALIVE = 2.0
 """Seconds that an idle connection is kept. Servers on uvicorn end theirs after 5: a request on one that is just ending
 would look like a server that died."""
 
+HEALTH = "/health"
+"""Answered with 200 by vLLM and SGLang as long as they can generate."""
+
 SHOWN = 300
 """Characters of a server's own words that a message repeats."""
+
+Limit = Literal["start_timeout", "stall_timeout"]
+
+T = TypeVar("T")
 
 
 class ServerError(RequestError):
@@ -190,14 +197,11 @@ class HttpServer:
             content = None if body is None else json.dumps(body).encode()
             headers = {} if body is None else {"Content-Type": "application/json"}
             request = client.build_request(method, self.url + path, content=content, headers=headers)
-            async with asyncio.timeout(self.access.start_timeout):
-                response = await client.send(request, stream=True)
+            response = await self._awaited(client.send(request, stream=True), path, "start_timeout", method == "POST")
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
             raise ServerUnreachable(self._unreachable(error)) from None
         except httpx.HTTPError as error:
             raise ServerLost(f"{self.url} broke off the connection before it answered: {_words(error)}") from None
-        except TimeoutError:
-            raise self._stalled(path, "start_timeout") from None
         try:
             if response.status_code != 200:
                 raise self._refusal(path, response, await self._beginning(response))
@@ -220,13 +224,11 @@ class HttpServer:
     async def _chunks(self, response: httpx.Response, path: str) -> AsyncGenerator[bytes, None]:
         """The body as it arrives. Raises ServerLost, StalledStream, MalformedAnswer."""
         chunks = response.aiter_bytes()
-        limit = "start_timeout"
+        limit: Limit = "start_timeout"
+        posted = response.request.method == "POST"
         while True:
             try:
-                async with asyncio.timeout(getattr(self.access, limit)):
-                    chunk = await anext(chunks, None)
-            except TimeoutError:
-                raise self._stalled(path, limit) from None
+                chunk = await self._awaited(anext(chunks, None), path, limit, posted)
             except httpx.DecodingError as error:
                 raise MalformedAnswer(f"{self.url}{path}: the answer cannot be decoded: {_words(error)}") from None
             except httpx.HTTPError as error:
@@ -235,6 +237,41 @@ class HttpServer:
                 return
             limit = "stall_timeout"
             yield chunk
+
+    async def _awaited(self, step: Awaitable[T], path: str, limit: Limit, posted: bool) -> T:
+        """What a step of a request gives. Raises StalledStream where it takes longer than the limit.
+
+        A server that is shutting down may keep a stream open and send nothing more (vLLM does, on SIGTERM). So a silent
+        one is asked for its health now and then, and ServerLost raised where it has none; one that is only slow to
+        answer that is waited for. `posted`: only an answer takes that long, no short question.
+        """
+        task = asyncio.ensure_future(step)
+        begun = asyncio.get_running_loop().time()
+        try:
+            while True:
+                left = begun + getattr(self.access, limit) - asyncio.get_running_loop().time()
+                if left <= 0:
+                    raise self._stalled(path, limit)
+                await asyncio.wait({task}, timeout=min(left, self.access.connect_timeout) if posted else left)
+                if task.done():
+                    return task.result()
+                if posted and left > self.access.connect_timeout:
+                    await self._check_health()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    async def _check_health(self) -> None:
+        """Raise ServerLost for a server that is not there or says that it is ill."""
+        try:
+            await self.get_text(HEALTH)
+        except StalledStream:
+            return
+        except ServerError as error:
+            if isinstance(error, ServerRefused) and error.status < 500:
+                return  # it has no such page
+            raise ServerLost(f"{self.url} has stopped in the middle of an answer: {error}") from None
 
     async def _beginning(self, response: httpx.Response) -> str:
         """The first words of a body that was not asked for, "" where it cannot be read."""
@@ -261,7 +298,7 @@ class HttpServer:
             return ServerRefused(f"{where}: it points to {target}; give that as the url if it is right", status, detail)
         return ServerRefused(where, status, detail)
 
-    def _stalled(self, path: str, limit: str) -> StalledStream:
+    def _stalled(self, path: str, limit: Limit) -> StalledStream:
         when = "before the answer began" if limit == "start_timeout" else "in the middle of an answer"
         return StalledStream(
             f"{self.url}{path}: nothing came for {getattr(self.access, limit):g} s {when}: the server hangs, or has "

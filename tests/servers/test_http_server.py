@@ -175,6 +175,50 @@ def test_a_stalled_stream_is_given_up(first: bytes, message: str) -> None:
         ask(reply, start_timeout=0.2, stall_timeout=0.3)
 
 
+@pytest.mark.parametrize("first", [b"", b"data: 1\n\n"])
+def test_a_silent_server_that_says_it_is_ill_is_not_waited_for(first: bytes) -> None:
+    async def handler(asked: Asked) -> Reply:
+        if asked.path == "/health":
+            return Reply(b"", 503, kind="text/plain")
+        return Reply(_silence(first), kind="text/event-stream")
+
+    async def main(url: str) -> None:
+        server = HttpServer(ServerAccess(url, connect_timeout=0.3, start_timeout=60, stall_timeout=60))
+        with pytest.raises(
+            ServerLost, match=r"has stopped in the middle of an answer: .*/health refused with status 503"
+        ):
+            await asyncio.wait_for(collect(server), 10)
+        await server.close()
+
+    with FakeServer(handler) as fake:
+        asyncio.run(main(fake.url))
+
+
+@pytest.mark.parametrize("status", [200, 404, None])
+def test_a_silent_server_that_is_well_is_waited_for(status: int | None) -> None:
+    async def slow() -> AsyncGenerator[bytes, None]:
+        await asyncio.sleep(1.2)
+        yield b"data: 1\n\n"
+        await asyncio.sleep(1.2)
+        yield b"data: [DONE]\n\n"
+
+    async def handler(asked: Asked) -> Reply:
+        if asked.path == "/health":
+            if status is None:
+                await asyncio.sleep(30)
+            return Reply(b"", status or 200, kind="text/plain")
+        return Reply(slow(), kind="text/event-stream")
+
+    async def main(url: str) -> None:
+        server = HttpServer(ServerAccess(url, connect_timeout=0.3))
+        assert await collect(server) == [1]
+        await server.close()
+
+    with FakeServer(handler) as fake:
+        asyncio.run(main(fake.url))
+        assert any(asked.path == "/health" for asked in fake.asked)
+
+
 def test_a_short_question_is_given_up_sooner() -> None:
     with pytest.raises(StalledStream, match=r"has not answered within 0.2 s"):
         ask(Reply(_silence(), kind="application/json"), stream=False, connect_timeout=0.2)
