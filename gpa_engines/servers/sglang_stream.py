@@ -66,9 +66,13 @@ class OutputReader:
         if not isinstance(total, int) or total < self._known:
             raise UnexpectedOutput(f"SGLang counts {total!r} tokens of an answer that had {self._known}")
         count = total - self._known
-        if len(ids) not in (count, total):
+        if len(ids) >= total:
+            # All so far; in process the list may have grown since the chunk was made.
+            new = tuple(ids[self._known : total])
+        elif len(ids) == count:
+            new = tuple(ids)
+        else:
             raise UnexpectedOutput(f"SGLang sent {len(ids)} ids; expected {count} new ones or all {total}")
-        new = tuple(ids[len(ids) - count :])
         if not all(type(token) is int for token in new):
             raise UnexpectedOutput(f"SGLang sent {_shown(new)} where ids were expected")
         self._known = total
