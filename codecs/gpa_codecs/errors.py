@@ -25,7 +25,11 @@ class RequestError(GpaError):
     """A generation request that an engine cannot serve as asked."""
 
 
-class CapacityError(RequestError):
+class DeclinedRequest(RequestError):
+    """A request that an engine does not do, though it is well: asked of the engine again, it is declined again."""
+
+
+class CapacityError(DeclinedRequest):
     """A request that is larger than a limit of the engine (context, cache)."""
 
 

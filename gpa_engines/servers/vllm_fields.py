@@ -11,10 +11,11 @@ own end id beside the stop ids. What vLLM would do differently from `gpa_engines
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
-from gpa_codecs.errors import RequestError
+from gpa_codecs.errors import DeclinedRequest
 from gpa_engines.engine import GenerationRequest
 from gpa_engines.sampling import candidate_ids
 
@@ -25,7 +26,7 @@ HIGHEST_TEMPERATURE = 2.0
 def vllm_fields(request: GenerationRequest, seed: int) -> dict[str, Any]:
     """The fields by name, of JSON's types. The stop id that ends an answer is part of what vLLM gives.
 
-    Raises RequestError for what vLLM cannot do as asked.
+    Raises DeclinedRequest for what vLLM cannot do as asked.
     """
     sampling = request.sampling
     greedy = sampling.temperature == 0
@@ -58,14 +59,51 @@ def vllm_fields(request: GenerationRequest, seed: int) -> dict[str, Any]:
     }
 
 
-def holds_back_more(request: GenerationRequest, end_ids: Collection[int]) -> bool:
-    """Whether min_tokens would also hold back ids that may be generated: `end_ids`, the model's own end ids."""
-    if not (request.sampling.min_new_tokens and request.stop_ids):
-        return False
+def until_minimum(request: GenerationRequest, end_ids: Collection[int], vocab_size: int) -> GenerationRequest | None:
+    """The first `min_new_tokens` of an answer as a request of their own, where min_tokens would do more than is asked.
+
+    end_ids: the model's own end ids; where one of them may be generated and is no stop id, min_tokens would hold it
+    back too. None where min_tokens does what is asked.
+    """
+    sampling = request.sampling
     others = set(end_ids) - set(request.stop_ids)
-    if request.allowed is None:
-        return bool(others)
-    return any(token in ids for ids in request.allowed for token in others)
+    if not (sampling.min_new_tokens and request.stop_ids and others):
+        return None
+    if request.allowed is not None and not any(token in ids for ids in request.allowed for token in others):
+        return None
+    return replace(
+        request,
+        sampling=replace(sampling, max_new_tokens=sampling.min_new_tokens, min_new_tokens=0),
+        stop_ids=(),
+        allowed=_without(request.allowed or (range(vocab_size),), request.stop_ids),
+    )
+
+
+def after_minimum(request: GenerationRequest, ids: Sequence[int]) -> GenerationRequest | None:
+    """What is left of the request when the answer of :func:`until_minimum` has come; None for nothing."""
+    sampling = request.sampling
+    left = sampling.max_new_tokens - len(ids)
+    if not left:
+        return None
+    return replace(
+        request,
+        prompt_ids=(*request.prompt_ids, *ids),
+        sampling=replace(sampling, max_new_tokens=left, min_new_tokens=0),
+    )
+
+
+def _without(ranges: Sequence[range], ids: Sequence[int]) -> tuple[range, ...]:
+    """The ranges without single ids, which ascend."""
+    left = list(ranges)
+    for token in ids:
+        parts = []
+        for each in left:
+            if token in each:
+                parts += [range(each.start, token), range(token + 1, each.stop)]
+            else:
+                parts.append(each)
+        left = [each for each in parts if len(each)]
+    return tuple(left)
 
 
 def _check(request: GenerationRequest) -> None:
@@ -73,12 +111,12 @@ def _check(request: GenerationRequest) -> None:
     if sampling.temperature == 0:
         return
     if not LOWEST_TEMPERATURE <= sampling.temperature <= HIGHEST_TEMPERATURE:
-        raise RequestError(
+        raise DeclinedRequest(
             f"temperature is {sampling.temperature}; vLLM samples only from {LOWEST_TEMPERATURE} to "
             f"{HIGHEST_TEMPERATURE:g}: give one of these, or 0 for greedy"
         )
     if sampling.top_p < 1 and sampling.min_p > 0:
-        raise RequestError(
+        raise DeclinedRequest(
             f"top_p {sampling.top_p} and min_p {sampling.min_p} are both given; vLLM applies min_p first, which draws "
             "from other tokens than top_p first: give one of the two"
         )
