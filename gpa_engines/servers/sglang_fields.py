@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from gpa_codecs.errors import RequestError
+from gpa_codecs.errors import DeclinedRequest
 from gpa_engines.engine import GenerationRequest
 from gpa_engines.sampling import candidate_ids
 from gpa_engines.servers.sglang_rule import RuleParams, SamplingRule
@@ -49,7 +49,7 @@ def native_fields(
     """`sampling_params` for what is to follow `answer`, which stands behind the prompt that is sent.
 
     The stop id that ends an answer is part of what SGLang gives; the answer may also end at the model's own end id, and
-    at the minimum (see `leg_length`). deterministic: of the server. Raises RequestError for what SGLang cannot do as
+    at the minimum (see `leg_length`). deterministic: of the server. Raises DeclinedRequest for what SGLang cannot do as
     asked.
     """
     sampling = request.sampling
@@ -161,7 +161,7 @@ def _all_but(
     possible[list(stop_ids)] = True
     possible[list(held)] = False
     if not possible.any():
-        raise RequestError("no token is possible: the allowed ids are stop ids, and min_new_tokens holds these back")
+        raise DeclinedRequest("no token is possible: the allowed ids are stop ids, and min_new_tokens holds these back")
     return dict.fromkeys(map(str, np.flatnonzero(~possible).tolist()), NEVER)
 
 
@@ -172,16 +172,16 @@ def _check_native(request: GenerationRequest, answer: Sequence[int], determinist
     if sampling.temperature == 0:
         return
     if sampling.temperature < LOWEST_TEMPERATURE:
-        raise RequestError(
+        raise DeclinedRequest(
             f"temperature is {sampling.temperature}; SGLang decodes greedily below {LOWEST_TEMPERATURE}: give 0 for that"
         )
     if sampling.top_k and sampling.top_p < 1:
-        raise RequestError(
+        raise DeclinedRequest(
             f"top_k {sampling.top_k} and top_p {sampling.top_p} are both given; SGLang's sampler applies both to the "
             f"unfiltered distribution, which keeps other tokens than one after the other: give one of the two; {REMEDY}"
         )
     if deterministic and sampling.min_p > 0:
-        raise RequestError(
+        raise DeclinedRequest(
             f"min_p is {sampling.min_p}; an SGLang server with --enable-deterministic-inference ends with an error "
             "where a request has one: leave min_p at 0, or start the server without that option"
         )
@@ -190,17 +190,17 @@ def _check_native(request: GenerationRequest, answer: Sequence[int], determinist
 def _check_penalty(request: GenerationRequest, answer: Sequence[int]) -> None:
     penalty = request.sampling.repetition_penalty
     if penalty > HIGHEST_PENALTY:
-        raise RequestError(f"repetition_penalty is {penalty}; SGLang's sampler takes up to {HIGHEST_PENALTY:g}")
+        raise DeclinedRequest(f"repetition_penalty is {penalty}; SGLang's sampler takes up to {HIGHEST_PENALTY:g}")
     candidates = candidate_ids(request.allowed, request.stop_ids)
     seen = (*request.prompt_ids, *answer)
     both = seen if candidates is None else np.intersect1d(candidates, np.asarray(seen, np.int64)).tolist()
     if both:
-        raise RequestError(
+        raise DeclinedRequest(
             f"repetition_penalty is {penalty}, and id {both[0]} of the prompt may be generated; SGLang's sampler "
             f"penalises ids of the answer alone: give repetition_penalty 1; {REMEDY}"
         )
     if request.stop_ids and request.sampling.min_new_tokens:
-        raise RequestError(
+        raise DeclinedRequest(
             f"repetition_penalty {penalty} and min_new_tokens {request.sampling.min_new_tokens} are both given; SGLang's "
             f"sampler cannot hold back stop ids and remember the answer's: give one of the two; {REMEDY}"
         )

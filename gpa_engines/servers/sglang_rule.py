@@ -61,7 +61,7 @@ class RuleParams:
         if any(value is None for name, value in fields.items() if name != "seed"):
             raise RequestError(f"custom_params hold {sorted(values)}; expected those of gpa_engines.servers.sglang_rule")
         ends = values.get("allowed")
-        allowed = None if ends is None else tuple(map(range, ends[::2], ends[1::2], strict=True))
+        allowed = None if ends is None else tuple(range(first, last) for first, last in zip(ends[::2], ends[1::2], strict=True))
         return cls(SamplingParams(**fields), tuple(values["stop_ids"]), allowed, values["prompt_tokens"])
 
     def sampler(self, sent: Sequence[int], drawn: Sequence[int]) -> Sampler:
