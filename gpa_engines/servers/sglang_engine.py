@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -24,15 +23,16 @@ from gpa_engines.engine import (
     EngineInfo,
     FinishReason,
     GenerationRequest,
-    GenerationUsage,
     TokenDelta,
     check_ids,
     check_positions,
 )
 from gpa_engines.passing_thread import in_passing_thread
+from gpa_engines.sampling import candidate_ids
+from gpa_engines.servers.clock import RequestClock
 from gpa_engines.servers.lm_head import LMHead
 from gpa_engines.servers.sglang_fields import native_fields, reading_fields, rule_fields, rule_processor
-from gpa_engines.servers.sglang_stream import Finish, OutputReader, hidden_rows
+from gpa_engines.servers.sglang_stream import Finish, OutputReader, UnexpectedOutput, hidden_rows
 
 SamplingMode = Literal["rule", "native"]
 """Who chooses the tokens: the project's own rule inside SGLang's scheduler, or SGLang's own sampler."""
@@ -146,29 +146,26 @@ class SglangEngine:
         self._check_open()
         request.check_against(self._info.vocab_size, self._info.max_context)
         seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
-        answer: list[int] = []
-        clock = _Clock()
+        answer = _Answer(request, self._info.vocab_size)
+        clock = RequestClock(len(request.prompt_ids), seed)
         ids: tuple[int, ...] = ()
         reason: FinishReason | None = None
         try:
             while reason is None:
-                before = len(answer)
-                async with aclosing(self._leg(self._body(request, answer, seed))) as leg:
+                before = len(answer.ids)
+                async with aclosing(self._leg(self._body(request, answer.ids, seed))) as leg:
                     async for new, finish in leg:
-                        ids, reason = _judge(request, new, finish, len(answer))
-                        answer.extend(ids)
-                        if ids:
-                            clock.tick()
+                        ids, reason = answer.take(new, finish)
+                        clock.count(len(ids), ended=reason is not None)
                         if ids and reason is None:
                             yield TokenDelta(ids)
-                if reason is None and len(answer) == before:
-                    raise RequestError("SGLang ended an answer without a new token, before what it was asked for")
+                if reason is None and len(answer.ids) == before:
+                    raise UnexpectedOutput("SGLang ended an answer without a new token, before what it was asked for")
         except RequestError:
             if not self._closed:
                 raise
             ids, reason = (), "cancelled"
-        usage = GenerationUsage(len(request.prompt_ids), len(answer), seed, 0.0, clock.prefill, clock.decode)
-        yield TokenDelta(ids, reason, usage)
+        yield TokenDelta(ids, reason, clock.usage())
 
     async def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """float32[T, V], unnormalised: the head's product, in float32, with the hidden states that SGLang gives."""
@@ -234,7 +231,7 @@ class SglangEngine:
                 yield new, finish
                 if finish is not None:
                     return
-        raise RequestError("SGLang ended its stream without a reason")
+        raise UnexpectedOutput("SGLang ended its stream without a reason")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -246,37 +243,26 @@ class SglangEngine:
         return "the model's folder holds no weights to multiply its hidden states with"
 
 
-class _Clock:
-    """Seconds until the first token, and from it to the last."""
+class _Answer:
+    """One answer as it comes; what SGLang may not give is not passed on as if it were right."""
 
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._first: float | None = None
-        self._last = self._started
+    def __init__(self, request: GenerationRequest, vocab_size: int) -> None:
+        candidates = candidate_ids(request.allowed, request.stop_ids)
+        self._possible = range(vocab_size) if candidates is None else frozenset(candidates.tolist())
+        self._most = request.sampling.max_new_tokens
+        self._stops = frozenset(request.stop_ids)
+        self.ids: list[int] = []
 
-    def tick(self) -> None:
-        self._last = time.perf_counter()
-        if self._first is None:
-            self._first = self._last
-
-    @property
-    def prefill(self) -> float:
-        return (time.perf_counter() if self._first is None else self._first) - self._started
-
-    @property
-    def decode(self) -> float:
-        return 0.0 if self._first is None else self._last - self._first
-
-
-def _judge(
-    request: GenerationRequest, new: tuple[int, ...], finish: Finish | None, known: int
-) -> tuple[tuple[int, ...], FinishReason | None]:
-    """The ids that belong to the answer, and its end; None where another leg follows. known: ids of it so far."""
-    most = request.sampling.max_new_tokens
-    if known + len(new) > most:
-        raise RequestError(f"SGLang gave {known + len(new)} tokens; it was asked for {most}")
-    if finish is None:
-        return new, None
-    if finish.matched is not None and finish.matched in request.stop_ids:
-        return new[:-1], "stop"
-    return new, "length" if known + len(new) == most else None
+    def take(self, new: tuple[int, ...], finish: Finish | None) -> tuple[tuple[int, ...], FinishReason | None]:
+        """The new ids that belong to the answer, and its end; None where more follows. Raises UnexpectedOutput."""
+        stopped = finish is not None and finish.matched in self._stops
+        kept = new[:-1] if stopped else new
+        for token in kept:
+            if token not in self._possible or token in self._stops:
+                raise UnexpectedOutput(f"SGLang gave id {token}, which may not be part of the answer")
+        self.ids.extend(kept)
+        if len(self.ids) > self._most:
+            raise UnexpectedOutput(f"SGLang gave {len(self.ids)} tokens; it was asked for {self._most}")
+        if stopped:
+            return kept, "stop"
+        return kept, "length" if finish is not None and len(self.ids) == self._most else None

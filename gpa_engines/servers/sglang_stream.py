@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gpa_codecs.errors import CapacityError, RequestError
+from gpa_codecs.errors import CapacityError, DeclinedRequest, RequestError
 
 SHOWN = 200
 """Characters of an unexpected value that a message repeats."""
@@ -24,7 +24,7 @@ class UnexpectedOutput(RequestError):
 
 
 class RequestAborted(RequestError):
-    """SGLang gave a request up. status: HTTP's, None where it was asked to abort it."""
+    """SGLang gave a request up, or failed. status: HTTP's, None where it says none."""
 
     def __init__(self, message: str, status: int | None) -> None:
         super().__init__(message)
@@ -48,8 +48,8 @@ class OutputReader:
     def read(self, chunk: Mapping[str, Any]) -> tuple[tuple[int, ...], Finish | None]:
         """The chunk's new ids, and how the answer ended if it did.
 
-        Raises RequestAborted for a request that SGLang gave up or refused, UnexpectedOutput for a chunk that makes no
-        sense behind those before.
+        Raises RequestAborted for a request that SGLang gave up, DeclinedRequest for one that it refuses, and
+        UnexpectedOutput for a chunk that makes no sense behind those before.
         """
         if "error" in chunk:
             raise aborted(chunk["error"])
@@ -105,7 +105,7 @@ def hidden_rows(chunk: Mapping[str, Any], count: int) -> NDArray[np.float32]:
 
 
 def aborted(error: object) -> RequestError:
-    """The exception for what SGLang says of a request that it gave up or refused."""
+    """The exception for what SGLang says of a request: DeclinedRequest for one that it refuses, else RequestAborted."""
     code = None
     if isinstance(error, Mapping):
         code = error.get("code")
@@ -113,6 +113,8 @@ def aborted(error: object) -> RequestError:
     message, status = str(error), code if isinstance(code, int) else None
     if "context length" in message or "maximum allowed length" in message:
         return CapacityError(f"SGLang refused the request: {message}")
+    if status is not None and 400 <= status < 500:
+        return DeclinedRequest(f"SGLang refused the request: {message}")
     return RequestAborted(f"SGLang gave the request up: {message}", status)
 
 
