@@ -92,8 +92,11 @@ class GenerationRequest:
         if not self.allowed and not self.stop_ids:
             raise RequestError("allowed is empty and there is no stop id: nothing could be generated")
 
-    def check_against(self, vocab_size: int, max_context: int) -> None:
-        """Raise RequestError for an id outside the vocabulary, CapacityError for a request beyond the context."""
+    def check_against(self, vocab_size: int, max_context: int, holder: str = "the model") -> None:
+        """Raise RequestError for an id outside the vocabulary, CapacityError for a request beyond the context.
+
+        holder: whose context it is, for the message.
+        """
         check_ids("prompt_ids", self.prompt_ids, vocab_size)
         check_ids("stop_ids", self.stop_ids, vocab_size)
         if self.allowed and self.allowed[-1].stop > vocab_size:
@@ -102,7 +105,7 @@ class GenerationRequest:
         if needed > max_context:
             raise CapacityError(
                 f"prompt of {len(self.prompt_ids)} tokens and max_new_tokens {self.sampling.max_new_tokens} need "
-                f"{needed} positions; the model has {max_context}: shorten the prompt or lower max_new_tokens"
+                f"{needed} positions; {holder} has {max_context}: shorten the prompt or lower max_new_tokens"
             )
 
 
