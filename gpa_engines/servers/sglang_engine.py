@@ -187,18 +187,32 @@ class SglangEngine:
             raise RequestError(f"this SGLang engine gives no logits: {self._without_logits()}")
         if not len(wanted):
             return np.empty((0, self._info.vocab_size), np.float32)
-        count = int(wanted[-1]) + 1
-        body = {
-            "rid": uuid.uuid4().hex,
-            "input_ids": prompt[:count],
-            "sampling_params": reading_fields(),
-            "stream": False,
-            "return_hidden_states": True,
-            # Positions that are found in the cache have no hidden states; under a salt of its own nothing is found.
-            "cache_salt": uuid.uuid4().hex,
-        }
-        hidden = hidden_rows(await self._transport.ask(body), count)[wanted]
+        hidden = await self._hidden(prompt, wanted)
         return await asyncio.to_thread(in_passing_thread, lambda: head.logits(hidden))
+
+    async def _hidden(self, prompt: Sequence[int], wanted: NDArray[np.int64]) -> NDArray[np.float32]:
+        """float32[P, H]: hidden states at these positions, from the last on.
+
+        Of a prompt that it reads in parts SGLang gives those of the last part alone; then the prompt is asked for again
+        without that part.
+        """
+        parts: list[NDArray[np.float32]] = []
+        start = end = int(wanted[-1]) + 1
+        while start > wanted[0]:
+            body = {
+                "rid": uuid.uuid4().hex,
+                "input_ids": prompt[:start],
+                "sampling_params": reading_fields(),
+                "stream": False,
+                "return_hidden_states": True,
+                # Positions that are found in the cache have none; under a salt of its own nothing is found.
+                "cache_salt": uuid.uuid4().hex,
+            }
+            parts.insert(0, hidden_rows(await self._transport.ask(body), start))
+            start -= len(parts[0])
+        rows = np.concatenate(parts)
+        assert len(rows) == end - start
+        return rows[wanted - start]
 
     async def close(self) -> None:
         """See :meth:`gpa_engines.engine.Engine.close`."""

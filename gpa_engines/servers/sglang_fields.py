@@ -173,7 +173,7 @@ def _check_native(request: GenerationRequest, answer: Sequence[int], determinist
         return
     if sampling.temperature < LOWEST_TEMPERATURE:
         raise DeclinedRequest(
-            f"temperature is {sampling.temperature}; SGLang decodes greedily below {LOWEST_TEMPERATURE}: give 0 for that"
+            f"temperature is {sampling.temperature}; below {LOWEST_TEMPERATURE} SGLang is greedy: give 0 for that"
         )
     if sampling.top_k and sampling.top_p < 1:
         raise DeclinedRequest(
@@ -201,8 +201,8 @@ def _check_penalty(request: GenerationRequest, answer: Sequence[int]) -> None:
         )
     if request.stop_ids and request.sampling.min_new_tokens:
         raise DeclinedRequest(
-            f"repetition_penalty {penalty} and min_new_tokens {request.sampling.min_new_tokens} are both given; SGLang's "
-            f"sampler cannot hold back stop ids and remember the answer's: give one of the two; {REMEDY}"
+            f"repetition_penalty {penalty} and min_new_tokens {request.sampling.min_new_tokens} are both given; "
+            f"SGLang's sampler cannot hold back stop ids and remember the answer's: give one of the two; {REMEDY}"
         )
 
 

@@ -10,10 +10,10 @@ belongs to and nothing else, since one that escapes would end the server.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gpa_codecs.errors import GpaError, RequestError
 from gpa_engines.engine import GenerationRequest, SamplingParams
@@ -22,8 +22,12 @@ from gpa_engines.sampling import Sampler, candidate_ids
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
+
 MARK = "gpa_sampling"
 """Name of the attribute under which a request of SGLang keeps its sampler."""
+
+_FIELDS = {*SamplingParams.__dataclass_fields__, "stop_ids", "prompt_tokens"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +61,13 @@ class RuleParams:
     @classmethod
     def from_wire(cls, values: dict[str, Any]) -> RuleParams:
         """Raises RequestError for values that this module did not write."""
-        fields = {name: values.get(name) for name in SamplingParams.__dataclass_fields__}
-        if any(value is None for name, value in fields.items() if name != "seed"):
-            raise RequestError(f"custom_params hold {sorted(values)}; expected those of gpa_engines.servers.sglang_rule")
+        # The seed too: every device that has a part of the model draws for itself, and all the same.
+        if missing := sorted(_FIELDS - {name for name, value in values.items() if value is not None}):
+            raise RequestError(f"custom_params lack {', '.join(missing)}, which {__name__} writes")
+        fields: dict[str, Any] = {name: values[name] for name in SamplingParams.__dataclass_fields__}
         ends = values.get("allowed")
-        allowed = None if ends is None else tuple(range(first, last) for first, last in zip(ends[::2], ends[1::2], strict=True))
+        pairs = None if ends is None else zip(ends[::2], ends[1::2], strict=True)
+        allowed = None if pairs is None else tuple(range(first, last) for first, last in pairs)
         return cls(SamplingParams(**fields), tuple(values["stop_ids"]), allowed, values["prompt_tokens"])
 
     def sampler(self, sent: Sequence[int], drawn: Sequence[int]) -> Sampler:
@@ -90,12 +96,10 @@ class SamplingRule:
         """
         rows = list(custom_param_list or ())
         tokens = [0] * len(rows)
-        remembered: list[_Remembered | None] = []
-        for values in rows:
-            remembered.append(_guarded(values, lambda each=values: _recall(each)))
+        remembered = [_guarded(values, partial(_recall, values)) for values in rows]
         for index, (row, found) in enumerate(zip(_on_host(logits, remembered), remembered, strict=True)):
             if found is not None:
-                tokens[index] = _guarded(rows[index], lambda row=row, found=found: _choose(found, row)) or 0
+                tokens[index] = _guarded(rows[index], partial(_choose, found, row)) or 0
         logits.fill_(float("-inf"))
         for index, token in enumerate(tokens):
             logits[index, token] = 0
@@ -146,10 +150,11 @@ def _on_host(logits: torch.Tensor, remembered: Sequence[_Remembered | None]) -> 
 def _columns(allowed: tuple[range, ...], stop_ids: tuple[int, ...], device: Any) -> torch.Tensor:
     import torch
 
-    return torch.as_tensor(candidate_ids(allowed, stop_ids).copy(), device=device)  # type: ignore[union-attr]
+    ids = candidate_ids(allowed, stop_ids)
+    return torch.tensor(ids, device=device)
 
 
-def _guarded(values: dict[str, Any], function: Any) -> Any:
+def _guarded(values: dict[str, Any], function: Callable[[], T]) -> T | None:
     """What the function returns; None where it fails, which ends the request with its message."""
     try:
         return function()
@@ -161,7 +166,7 @@ def _guarded(values: dict[str, Any], function: Any) -> Any:
 
 
 def _abort(values: dict[str, Any], message: str) -> None:
-    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT  # pyright: ignore[reportMissingImports]
 
     request = values.get("__req__") if isinstance(values, dict) else None
     if request is not None:

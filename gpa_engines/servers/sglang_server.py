@@ -121,7 +121,9 @@ class SglangHttp:
             async with aclosing(self._server.post_events(GENERATE, body)) as events:
                 async for event in events:
                     if not isinstance(event, dict):
-                        raise MalformedStream(f"{self._server.url}{GENERATE} sent {str(event)[:80]}; expected an object")
+                        raise MalformedStream(
+                            f"{self._server.url}{GENERATE} sent {str(event)[:80]}; expected an object"
+                        )
                     ended = "error" in event or _is_last(event)
                     yield event
             ended = True

@@ -54,7 +54,7 @@ class OutputReader:
         if "error" in chunk:
             raise aborted(chunk["error"])
         meta, ids = chunk.get("meta_info"), chunk.get("output_ids")
-        if not isinstance(meta, Mapping) or not isinstance(ids, Sequence | np.ndarray) or isinstance(ids, str):
+        if not isinstance(meta, Mapping) or not isinstance(ids, Sequence) or isinstance(ids, str):
             raise UnexpectedOutput(f"SGLang sent {_shown(chunk)}; expected output_ids and meta_info")
         reason = meta.get("finish_reason")
         if isinstance(reason, Mapping) and reason.get("type") == "abort":
@@ -80,10 +80,10 @@ class OutputReader:
 
 
 def hidden_rows(chunk: Mapping[str, Any], count: int) -> NDArray[np.float32]:
-    """float32[count, H]: the last layer's output, normalised, at the first `count` positions of a prompt.
+    """float32[N, H]: the last layer's output, normalised, at the last N of the `count` positions of a prompt.
 
-    SGLang sends a list per part of the prompt that it read at a time, and then a row per token of the answer. Rows that
-    it found in its cache are missing, which raises UnexpectedOutput.
+    Positions that SGLang found in its cache are missing, and of a long prompt all but those of its last part. Raises
+    UnexpectedOutput where there is none at all.
     """
     if "error" in chunk:
         raise aborted(chunk["error"])
@@ -99,9 +99,9 @@ def hidden_rows(chunk: Mapping[str, Any], count: int) -> NDArray[np.float32]:
         stacked = np.concatenate([part if part.ndim == 2 else part[None] for part in rows])
     except ValueError as error:
         raise UnexpectedOutput(f"SGLang's hidden_states are no rows of one width: {error}") from None
-    if len(stacked) < count:
+    if not 0 < len(stacked) <= count:
         raise UnexpectedOutput(f"SGLang sent hidden_states of {len(stacked)} positions; the prompt has {count}")
-    return stacked[:count]
+    return stacked
 
 
 def aborted(error: object) -> RequestError:

@@ -104,13 +104,17 @@ class Settings:
         _expect("prefix_caching", self.prefix_caching, isinstance(self.prefix_caching, bool), "true or false")
         for name in self.engine_args:
             if name in OPTIONS:
-                raise BackendError(f"{name} is set by the option {OPTIONS[name]} of backend 'sglang': give that instead")
+                raise BackendError(
+                    f"{name} is set by the option {OPTIONS[name]} of backend 'sglang': give that instead"
+                )
             if name in REFUSED or name.startswith("speculative_"):
                 raise BackendError(f"{name} cannot be set for backend 'sglang': {REFUSED.get(name, _RULE)}")
 
     def mode(self, usual: SamplingMode) -> SamplingMode:
         """Who chooses the tokens. usual: where the user leaves it open."""
-        return next((mode for mode in SAMPLING_MODES if mode == self.sampling), usual)
+        if self.sampling == "auto":
+            return usual
+        return "rule" if self.sampling == "rule" else "native"
 
 
 def build_engine(folder: Path, settings: Settings) -> Engine:

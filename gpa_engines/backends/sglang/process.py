@@ -17,6 +17,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
@@ -42,7 +43,7 @@ class SglangProcess:
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         """Start it with these ServerArgs and wait until the model is loaded. Raises BackendError."""
-        self._printed = tempfile.TemporaryFile()
+        self._printed = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process prints)
         self._process, self._connection = _start(self._printed)
         self._finalizer = weakref.finalize(self, _end, self._process)
         self._waiting: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Queue[tuple[Any, ...]]]] = {}
@@ -59,9 +60,9 @@ class SglangProcess:
             raise
         if kind != "ready":
             self._finalizer()
-            name, message = content
+            name, message = map(str, content)
             raise BackendError(f"SGLang did not start: {explain_start(name, message)}")
-        self.server_info: dict[str, Any] = content[0]
+        self.server_info: Any = content[0]
         # The thread must not keep this object alive, whose finalizer ends the process and with it the thread.
         reader = threading.Thread(target=_read, args=(weakref.ref(self), self._connection), daemon=True)
         reader.name = "gpa-sglang-reader"
@@ -105,10 +106,8 @@ class SglangProcess:
     async def close(self) -> None:
         """End SGLang's processes; what runs gets a RequestError."""
         self._end_waiting("the engine was closed")
-        try:
+        with suppress(OSError):
             self._connection.send(("close",))
-        except OSError:
-            pass
         await asyncio.to_thread(_end, self._process, END_SECONDS)
         self._finalizer.detach()
 
@@ -128,11 +127,8 @@ class SglangProcess:
                 self._write("abort", number, abort)
 
     def _write(self, *message: Any) -> None:
-        try:
+        with suppress(OSError):  # the process is gone; the reader tells everybody who waits
             self._connection.send(message)
-        except OSError:
-            # The process is gone; the reader tells everybody who waits.
-            pass
 
     def _deliver(self, kind: str, number: int, content: Any) -> None:
         with self._lock:
@@ -199,14 +195,10 @@ def _start(printed: IO[bytes]) -> tuple[subprocess.Popen[bytes], Connection]:
 
 def _end(process: subprocess.Popen[bytes], patience: float = 0.0) -> None:
     """Wait for the process to end, then end what is left of its group."""
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(patience)
-    except subprocess.TimeoutExpired:
-        pass
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -17,6 +17,8 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -49,10 +51,10 @@ def start(arguments: dict[str, Any]) -> Any:
     """`sglang.Engine` with these ServerArgs; "auto" values are decided here, where torch is at hand."""
     if arguments["device"] == "cpu":
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-    import sglang
-    from sglang.srt.server_args import ServerArgs
-
-    if unknown := sorted(set(arguments) - set(field_names(ServerArgs))):
+    # By name, since this package has the name too, which confuses type checkers.
+    sglang = import_module("sglang")
+    known = field_names(import_module("sglang.srt.server_args").ServerArgs)
+    if unknown := sorted(set(arguments) - set(known)):
         raise ValueError(f"engine_args has {', '.join(unknown)}, which SGLang {sglang.__version__} does not know")
     if arguments["device"] in ("auto", "cuda"):
         import torch
@@ -134,7 +136,8 @@ class _Service:
                 await (self._stream(key, body) if kind == "stream" else self._ask(key, body))
             self._send("end", key)
         except Exception as error:
-            self._send("error", key, f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
+            name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            self._send("error", key, f"{name}{error}")
         finally:
             self._aborted.discard(key)
 
@@ -155,11 +158,8 @@ class _Service:
         self._send("chunk", key, _lean(answer, answer["output_ids"]))
 
     def _send(self, *message: Any) -> None:
-        try:
+        with suppress(OSError):  # the other side is gone, which the inbox sees too
             self._connection.send(message)
-        except OSError:
-            # The other side is gone, which the inbox sees too.
-            pass
 
 
 def _lean(chunk: Mapping[str, Any], ids: list[int]) -> dict[str, Any]:
