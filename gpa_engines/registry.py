@@ -53,6 +53,10 @@ BACKENDS = {
         Backend("onnx", "CPU, ONNX Runtime", "gpa_engines.backends.onnx", ("onnxruntime",), "onnx", own_format=True),
         Backend("vllm", "CUDA servers; CPU"),
         Backend("sglang", "CUDA servers; CPU by recipe", "gpa_engines.backends.sglang", ("sglang",), "sglang"),
+        Backend(
+            *("remote", "vLLM and SGLang servers", "gpa_engines.backends.remote", ("httpx",), "remote"),
+            own_format=True,
+        ),
         Backend("ascend", "Ascend NPU", "gpa_engines.backends.ascend", ("torch", "torch_npu"), "ascend"),
     )
 }

@@ -116,6 +116,19 @@ class RunOptions:
         int | None,
         _option("--max-tokens-in-flight", panel=_MODEL, metavar="N", help="Bounds the memory of the cache."),
     ] = None
+    url: Annotated[
+        list[str] | None,
+        _option("--url", panel=_MODEL, metavar="URL", help="A server, with --backend remote; repeat for several."),
+    ] = None
+    key_file: Annotated[
+        str | None,
+        _option(
+            "--key-file",
+            panel=_MODEL,
+            metavar="FILE",
+            help="Holds the servers' bearer key; or set GPA_REMOTE_KEY.",
+        ),
+    ] = None
     option: Annotated[
         list[str] | None,
         _option("--option", panel=_MODEL, metavar="KEY=VALUE", help="Another option of the backend; repeat."),

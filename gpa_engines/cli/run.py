@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 import gpa_engines
 from gpa_codecs.errors import GpaError
 from gpa_engines.cli.doctor import DoctorOptions, doctor, examine
+from gpa_engines.cli.fingerprint import FingerprintOptions, fingerprint, record
 from gpa_engines.cli.options import RunOptions, expand_dash, normalize, signature
 
 COMMAND_LINE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
@@ -51,7 +52,7 @@ gpa-run doctor --model DIR
 
 
 class _Group(TyperGroup):
-    """The options of a run, a `-` that stands for --text-file -, and the subcommand doctor."""
+    """The options of a run, a `-` that stands for --text-file -, and the subcommands."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         valued = {name for option in self.params if not option.is_flag for name in option.opts}  # pyright: ignore
@@ -70,7 +71,7 @@ app = typer.Typer(
 @app.callback(
     invoke_without_command=True,
     options_metavar="--task stt|tts-a|vc|text [OPTIONS]",
-    subcommand_metavar="| doctor",
+    subcommand_metavar="| doctor | fingerprint",
     epilog=EPILOG,
 )
 def _run(**options: Any) -> RunOptions:
@@ -87,6 +88,7 @@ _run.__signature__ = signature()  # pyright: ignore[reportFunctionMemberAccess]
 _run.__annotations__ = {}
 
 app.command(name="doctor")(doctor)
+app.command(name="fingerprint")(fingerprint)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,10 +108,12 @@ def _guarded(arguments: Sequence[str]) -> int:
     verbose = False
     try:
         command = app(arguments or ["--help"], prog_name="gpa-run", standalone_mode=False)
-        if not isinstance(command, RunOptions | DoctorOptions):
+        if not isinstance(command, RunOptions | DoctorOptions | FingerprintOptions):
             return int(command or 0)
         verbose = command.verbose
-        return examine(command) if isinstance(command, DoctorOptions) else _run_or_list(command)
+        if isinstance(command, DoctorOptions):
+            return examine(command)
+        return record(command) if isinstance(command, FingerprintOptions) else _run_or_list(command)
     except COMMAND_LINE_ERROR as error:
         return _complain(f"{error.format_message().rstrip('.')}; see gpa-run --help")
     except GpaError as error:

@@ -39,6 +39,7 @@ TEXT_PARTS: tuple[Part, ...] = ("lm", "tokenizer")
 MEANINGFUL = {
     *("task", "prompt", "text_file", "model", "backend", "option", "tokenizer", "output", "stream", "json", "verbose"),
     *usage.ENGINE_OPTIONS,
+    *usage.SERVER_OPTIONS,
     *SamplingOverrides.__annotations__,
 }
 

@@ -11,7 +11,7 @@ from gpa_codecs.prompts import Task
 from gpa_engines.backend_choice import AUTO
 from gpa_engines.cli.options import MODEL_VARIABLE, RunOptions, flag
 from gpa_engines.engine_options import parse_options
-from gpa_engines.registry import require_backend
+from gpa_engines.registry import backend_options, require_backend
 from gpa_engines.speech.tasks import TASKS, SamplingOverrides, task_sampling
 
 COMPONENTS = ("codec", "bicodec", "glm_tokenizer", "tokenizer")
@@ -19,6 +19,9 @@ COMPONENTS = ("codec", "bicodec", "glm_tokenizer", "tokenizer")
 
 ENGINE_OPTIONS = ("device", "dtype", "threads", "max_tokens_in_flight")
 """Options that go to the backend; named as its `create_engine` names them."""
+
+SERVER_OPTIONS = ("url", "key_file")
+"""As ENGINE_OPTIONS, for backends that have servers."""
 
 _EXPECTED = "stt (speech to text), tts-a (text to speech), vc (voice conversion) or text (plain text)"
 
@@ -83,15 +86,24 @@ def sampling(options: RunOptions, task: Task | None) -> SamplingOverrides:
 
 def engine_options(options: RunOptions) -> dict[str, Any]:
     """The backend options that were given; the backend itself judges device and dtype."""
+    chosen = backend(options)
+    for name in SERVER_OPTIONS:
+        if getattr(options, name) and (chosen == AUTO or name not in backend_options(chosen)):
+            raise UsageError(f"{flag(name)} is for --backend remote; give that, or leave {flag(name)} out")
+    if options.backend == "remote" and not options.url:
+        raise UsageError("--backend remote needs --url http://host:8000, once for every server")
     for name in ("threads", "max_tokens_in_flight"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"{flag(name)} is {value}; expected at least 1")
-    named = {name: value for name in ENGINE_OPTIONS if (value := getattr(options, name)) is not None}
+    known = (*ENGINE_OPTIONS, *SERVER_OPTIONS)
+    named = {name: value for name in known if (value := getattr(options, name)) is not None}
     others = parse_options(options.option or ())
     for name in others:
-        if name in ENGINE_OPTIONS:
+        if name in known:
             raise UsageError(f"--option {name}=...: {flag(name)} is the option for it")
+        if name == "key":
+            raise UsageError("--option key=...: a key on a command line is seen by everybody; use --key-file")
     return named | others
 
 
