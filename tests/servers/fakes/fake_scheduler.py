@@ -186,9 +186,7 @@ class FakeScheduler:
         if params["min_new_tokens"] and self.arguments.skip_tokenizer_init:
             raise ValueError("min_new_tokens is unavailable when skip_tokenizer_init=True")
 
-    def _prefill(
-        self, request: FakeRequest, cache: DynamicCache, salt: str
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def _prefill(self, request: FakeRequest, cache: DynamicCache, salt: str) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Hidden states of the last part that was read, the last logits, and how many ids were found in the cache."""
         ids = request.origin_input_ids
         cached = 0 if self.arguments.disable_radix_cache else self._longest_cached(salt, ids)
