@@ -62,7 +62,8 @@ class SglangFacts:
 
     max_prompt: ids that a prompt may have; an answer may bring them to as many. Beyond, SGLang shortens the answer
     without a word. hidden_states: whether it gives those of a whole prompt. processors: whether it takes custom logit
-    processors. deterministic: whether seeds count for its own sampler.
+    processors. deterministic: whether seeds count for its own sampler. overlap: whether it prepares a step before the
+    last one's tokens are known.
     """
 
     version: str
@@ -72,7 +73,7 @@ class SglangFacts:
     hidden_states: bool
     processors: bool
     deterministic: bool
-    model: str = ""
+    overlap: bool
 
     @classmethod
     def from_server_info(cls, info: Mapping[str, Any]) -> SglangFacts:
@@ -91,7 +92,7 @@ class SglangFacts:
             hidden_states=info.get("enable_return_hidden_states") is True or mode in (True, "full"),
             processors=info.get("enable_custom_logit_processor") is True,
             deterministic=info.get("enable_deterministic_inference") is True,
-            model=str(info.get("model_path") or ""),
+            overlap=info.get("disable_overlap_schedule") is not True,
         )
 
 
@@ -233,8 +234,14 @@ class SglangEngine:
         if self._sampling == "rule":
             fields = rule_fields(request, answer, seed)
             return body | {"sampling_params": fields, "custom_logit_processor": rule_processor()}
-        deterministic = self._facts.deterministic
-        fields = native_fields(request, answer, seed, self._info.vocab_size, deterministic=deterministic)
+        fields = native_fields(
+            request,
+            answer,
+            seed,
+            self._info.vocab_size,
+            deterministic=self._facts.deterministic,
+            overlap=self._facts.overlap,
+        )
         return body | {"sampling_params": fields}
 
     async def _leg(self, body: Mapping[str, Any]) -> AsyncGenerator[tuple[tuple[int, ...], Finish | None], None]:

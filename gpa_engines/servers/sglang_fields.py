@@ -6,6 +6,8 @@ refused by name; each difference was read in the source of 0.5.23, and those tha
 
 - The repetition penalty counts the ids of the answer alone. It is the rule's own as long as no id of the prompt can be
   generated, which holds for speech from text and not for voice conversion.
+- With the overlap schedule, SGLang's default, the penalty is a token late: each step is penalised for what was known
+  before the last token came, and the first for the prompt's last id. Only without it is it told of every token in time.
 - top-k and top-p are both applied to the unfiltered distribution; the rule applies top-p to what top-k has left.
 - There is no list of allowed ids. A bias of -1e30 on all others is one to the last bit: adding 0 changes no logit.
 - The model's own end ids end an answer whether or not they are stop ids, and `ignore_eos` switches off both; whoever
@@ -44,17 +46,24 @@ Fields = dict[str, Any]
 
 
 def native_fields(
-    request: GenerationRequest, answer: Sequence[int], seed: int, vocab_size: int, *, deterministic: bool = False
+    request: GenerationRequest,
+    answer: Sequence[int],
+    seed: int,
+    vocab_size: int,
+    *,
+    deterministic: bool = False,
+    overlap: bool = False,
 ) -> Fields:
     """`sampling_params` for what is to follow `answer`, which stands behind the prompt that is sent.
 
     The stop id that ends an answer is part of what SGLang gives; the answer may also end at the model's own end id, and
-    at the minimum (see `leg_length`). deterministic: of the server. Raises DeclinedRequest for what SGLang cannot do as
-    asked.
+    at the minimum (see `leg_length`). deterministic, overlap: whether the server was started with
+    `--enable-deterministic-inference`, and without `--disable-overlap-schedule`. Raises DeclinedRequest for what SGLang
+    cannot do as asked.
     """
     sampling = request.sampling
     greedy = sampling.temperature == 0
-    _check_native(request, answer, deterministic)
+    _check_native(request, answer, deterministic, overlap)
     held = _holds_stops(request, answer)
     return _fields(
         max_new_tokens=leg_length(request, answer),
@@ -165,10 +174,10 @@ def _all_but(
     return dict.fromkeys(map(str, np.flatnonzero(~possible).tolist()), NEVER)
 
 
-def _check_native(request: GenerationRequest, answer: Sequence[int], deterministic: bool) -> None:
+def _check_native(request: GenerationRequest, answer: Sequence[int], deterministic: bool, overlap: bool) -> None:
     sampling = request.sampling
     if sampling.repetition_penalty != 1:
-        _check_penalty(request, answer)
+        _check_penalty(request, answer, overlap)
     if sampling.temperature == 0:
         return
     if sampling.temperature < LOWEST_TEMPERATURE:
@@ -187,10 +196,15 @@ def _check_native(request: GenerationRequest, answer: Sequence[int], determinist
         )
 
 
-def _check_penalty(request: GenerationRequest, answer: Sequence[int]) -> None:
+def _check_penalty(request: GenerationRequest, answer: Sequence[int], overlap: bool) -> None:
     penalty = request.sampling.repetition_penalty
     if penalty > HIGHEST_PENALTY:
         raise DeclinedRequest(f"repetition_penalty is {penalty}; SGLang's sampler takes up to {HIGHEST_PENALTY:g}")
+    if overlap:
+        raise DeclinedRequest(
+            f"repetition_penalty is {penalty}; with its overlap schedule SGLang's sampler applies it a token late: "
+            f"start the server with --disable-overlap-schedule, or give repetition_penalty 1; {REMEDY}"
+        )
     candidates = candidate_ids(request.allowed, request.stop_ids)
     seen = (*request.prompt_ids, *answer)
     both = seen if candidates is None else np.intersect1d(candidates, np.asarray(seen, np.int64)).tolist()

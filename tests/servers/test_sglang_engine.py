@@ -1,4 +1,4 @@
-"""The SGLang engine over a fake server on loopback, which has a real small model: answers are those of the torch engine.
+"""The SGLang engine over a fake server on loopback that has a real small model: answers are the torch engine's.
 
 Both ways of sampling, both styles of streaming, and everything that a caller may do to a request.
 """
@@ -29,7 +29,11 @@ from tests.servers.fake_sglang_server import FakeSglangServer
 pytest.importorskip("transformers", reason="the fake computes its answers with transformers")
 
 PROMPT = (1, 2, 3, 4, 5)
-SERVER_HAS: dict[str, Any] = {"enable_return_hidden_states": True, "enable_custom_logit_processor": True}
+SERVER_HAS: dict[str, Any] = {
+    "enable_return_hidden_states": True,
+    "enable_custom_logit_processor": True,
+    "disable_overlap_schedule": True,
+}
 
 
 def run(function: Callable[[], Any]) -> Any:
@@ -130,7 +134,7 @@ def test_a_seed_gives_the_torch_engines_tokens_by_the_rule(
         engine = connect(server, tiny_checkpoint)
         assert "seed" in engine.info.capabilities
         sampling = SamplingParams(0.9, 40, 0.9, 0.02, 1.2, max_new_tokens=16, min_new_tokens=3, seed=5)
-        wanted = GenerationRequest(PROMPT * 3, sampling, (9,), (range(0, 600),))
+        wanted = GenerationRequest(PROMPT * 3, sampling, (9,), (range(600),))
         given = await answer(engine, wanted)
         assert given.ids == (await answer(torch_engine, wanted)).ids
         assert given.usage.seed == 5
@@ -337,6 +341,14 @@ def test_a_server_without_hidden_states_or_a_folder_without_weights_gives_no_log
         engine = connect(server, tiny_checkpoint, "native")
         with pytest.raises(RequestError, match="--enable-return-hidden-states"):
             run(lambda: engine.logits(PROMPT))
+
+
+def test_a_penalty_needs_a_server_that_knows_every_token_in_time(tiny_checkpoint: Path) -> None:
+    with FakeSglangServer(tiny_checkpoint) as server:
+        engine = connect(server, tiny_checkpoint, "native")
+        wanted = GenerationRequest(PROMPT, SamplingParams(repetition_penalty=1.2), (), (range(10, 40),))
+        with pytest.raises(DeclinedRequest, match="a token late"):
+            run(lambda: answer(engine, wanted))
 
 
 def test_the_rule_needs_a_server_that_takes_processors(tiny_checkpoint: Path) -> None:

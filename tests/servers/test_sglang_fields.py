@@ -96,6 +96,13 @@ def test_the_penalty_is_the_rules_own_where_no_id_of_the_prompt_can_be_generated
         fields(request((99,), (range(10, 20),), repetition_penalty=1.2, min_new_tokens=2))
 
 
+def test_the_penalty_is_refused_where_it_would_come_a_token_late() -> None:
+    apart = request((99,), (range(10, 20),), repetition_penalty=1.2)
+    with pytest.raises(DeclinedRequest, match="--disable-overlap-schedule"):
+        fields(apart, overlap=True)
+    assert fields(request(temperature=1.0), overlap=True)
+
+
 def test_min_p_is_refused_where_it_would_end_the_server() -> None:
     assert fields(request(temperature=1.0, min_p=0.1))["min_p"] == 0.1
     with pytest.raises(DeclinedRequest, match="deterministic"):

@@ -34,9 +34,9 @@ def create_engine(
     device: "auto" and "cuda" are the GPUs, "cpu" is SGLang's CPU engine (see docs/backends.md).
     dtype: "auto" (float32 on a CPU, bfloat16 elsewhere), "float32", "bfloat16" or "float16".
     sampling: "rule" lets the project's own sampling rule choose the tokens inside SGLang, exactly and with seeds;
-        "native" leaves it to SGLang's sampler, which is faster where many requests run on a GPU, has no seeds, and is
-        asked for nothing that it does otherwise. "auto" is "rule" in process and "native" over HTTP, where "rule" asks
-        for a server that has gpa-engines installed and was started with --enable-custom-logit-processor.
+        "native" leaves it to SGLang's sampler, which has no seeds and is asked for nothing that it does otherwise.
+        "auto" is "rule" in process and "native" over HTTP, where "rule" asks for a server that has gpa-engines
+        installed and was started with --enable-custom-logit-processor.
     tensor_parallel, data_parallel: GPUs that share each request, and that share the requests.
     mem_fraction: part of the memory that weights and cache may take; None leaves it to SGLang.
     max_running_requests: that run at a time; more wait. None leaves it to SGLang.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ import pytest
 FAKES = Path(__file__).parents[2] / "servers" / "fakes"
 
 
-@pytest.fixture
-def fake_sglang(monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def fake_sglang() -> Iterator[Path]:
     pytest.importorskip("transformers", reason="the fake computes its answers with transformers")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "sglang"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(str(FAKES))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(FAKES), os.environ.get("PYTHONPATH")])))
-    return FAKES
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "sglang"]:
+            patch.delitem(sys.modules, name)
+        patch.syspath_prepend(str(FAKES))
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(FAKES), os.environ.get("PYTHONPATH")])))
+        yield FAKES

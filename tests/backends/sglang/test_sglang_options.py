@@ -35,11 +35,11 @@ def test_what_the_engine_needs_is_always_set(arguments: Any, tiny_checkpoint: Pa
     assert made["stream_interval"] == 1
 
 
-def test_the_rule_needs_processors_and_every_token_in_time(arguments: Any) -> None:
+def test_the_rule_needs_processors_and_penalties_need_every_token_in_time(arguments: Any) -> None:
     for sampling, needed in (("auto", True), ("rule", True), ("native", False)):
         made = arguments(sampling=sampling)
         assert made["enable_custom_logit_processor"] is needed
-        assert made["disable_overlap_schedule"] is needed
+        assert made["disable_overlap_schedule"] is True
 
 
 def test_a_cpu_is_not_left_to_sglangs_choices(arguments: Any) -> None:

@@ -27,6 +27,14 @@ from tests.engines.generating import answer, answers
 PROMPT = (1, 2, 3, 4, 5)
 
 
+@pytest.fixture(scope="module")
+def shared(fake_sglang: Path, tiny_checkpoint: Path) -> Iterator[Engine]:
+    """For tests that leave it as they found it."""
+    engine = create_engine("sglang", tiny_checkpoint, device="cpu")
+    yield engine
+    asyncio.run(engine.close())
+
+
 @pytest.fixture
 def engine(fake_sglang: Path, tiny_checkpoint: Path) -> Iterator[Engine]:
     engine = create_engine("sglang", tiny_checkpoint, device="cpu")
@@ -54,7 +62,7 @@ def wait_until_gone(pid: int) -> None:
         time.sleep(0.05)
 
 
-def test_it_answers_like_the_torch_engine_and_says_what_it_is(engine: Engine, tiny_checkpoint: Path) -> None:
+def test_it_answers_like_the_torch_engine_and_says_what_it_is(shared: Engine, tiny_checkpoint: Path) -> None:
     async def both() -> None:
         reference = create_torch(tiny_checkpoint, device="cpu")
         sampled = SamplingParams(0.8, 30, 0.9, 0.01, 1.2, max_new_tokens=10, seed=4)
@@ -62,36 +70,36 @@ def test_it_answers_like_the_torch_engine_and_says_what_it_is(engine: Engine, ti
             GenerationRequest(PROMPT, SamplingParams(max_new_tokens=10)),
             GenerationRequest(PROMPT * 4, sampled, (7,), (range(100, 900),)),
         ] * 4
-        given, expected = await answers(engine, wanted), await answers(reference, wanted)
+        given, expected = await answers(shared, wanted), await answers(reference, wanted)
         assert [each.ids for each in given] == [each.ids for each in expected]
-        assert np.abs(await engine.logits(PROMPT) - await reference.logits(PROMPT)).max() < 1e-4
+        assert np.abs(await shared.logits(PROMPT) - await reference.logits(PROMPT)).max() < 1e-4
         await reference.close()
 
     asyncio.run(both())
-    info = engine.info
+    info = shared.info
     assert (info.backend, info.device, info.dtype) == ("sglang", "cpu", "float32")
     assert info.capabilities == {"logits", "batch", "allowed", "seed", "chunked_prefill"}
 
 
-def test_several_event_loops_one_after_the_other(engine: Engine) -> None:
+def test_several_event_loops_one_after_the_other(shared: Engine) -> None:
     wanted = GenerationRequest(PROMPT, SamplingParams(max_new_tokens=3))
-    assert asyncio.run(answer(engine, wanted)).ids == asyncio.run(answer(engine, wanted)).ids
+    assert asyncio.run(answer(shared, wanted)).ids == asyncio.run(answer(shared, wanted)).ids
 
 
-def test_breaking_off_leaves_room_for_others(engine: Engine) -> None:
+def test_breaking_off_leaves_room_for_others(shared: Engine) -> None:
     async def go() -> None:
         for _ in range(3):
             async with aclosing(
-                engine.generate(GenerationRequest(PROMPT, SamplingParams(max_new_tokens=900)))
+                shared.generate(GenerationRequest(PROMPT, SamplingParams(max_new_tokens=900)))
             ) as deltas:
                 await anext(deltas)
-        task = asyncio.create_task(answer(engine, GenerationRequest(PROMPT, SamplingParams(max_new_tokens=900))))
+        task = asyncio.create_task(answer(shared, GenerationRequest(PROMPT, SamplingParams(max_new_tokens=900))))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         started = time.monotonic()
-        await answer(engine, GenerationRequest(PROMPT, SamplingParams(max_new_tokens=2)))
+        await answer(shared, GenerationRequest(PROMPT, SamplingParams(max_new_tokens=2)))
         assert time.monotonic() - started < 5
 
     asyncio.run(go())
@@ -118,7 +126,7 @@ def test_a_process_that_dies_is_told_to_those_who_wait_and_those_who_come(engine
         stream = engine.generate(GenerationRequest(PROMPT, SamplingParams(max_new_tokens=900)))
         await anext(stream)
         os.kill(process_of(engine).pid, signal.SIGKILL)
-        with pytest.raises(RequestError, match="SGLang's process ended.*create a new engine"):
+        with pytest.raises(RequestError, match=r"SGLang's process ended.*create a new engine"):
             async for _ in stream:
                 pass
         with pytest.raises(RequestError, match="create a new engine"):
@@ -136,14 +144,14 @@ def test_what_killed_it_is_told(engine: Engine) -> None:
     asyncio.run(go())
 
 
-def test_sglangs_own_errors_are_refusals(engine: Engine) -> None:
+def test_sglangs_own_errors_are_refusals(shared: Engine) -> None:
     async def go() -> None:
         body = {"rid": "x", "input_ids": [1], "sampling_params": {"temperature": -1}}
-        for send in (process_of(engine).ask(body), anext(process_of(engine).stream(body))):
+        for send in (process_of(shared).ask(body), anext(process_of(shared).stream(body))):
             with pytest.raises(RequestError, match="refused the request: temperature must be"):
                 await send
         with pytest.raises(RequestError, match="TypeError: Unexpected keyword argument 'foo'"):
-            await process_of(engine).ask(body | {"sampling_params": {"foo": 1}})
+            await process_of(shared).ask(body | {"sampling_params": {"foo": 1}})
 
     asyncio.run(go())
 
@@ -176,7 +184,7 @@ def test_nothing_outlives_the_program(fake_sglang: Path, tiny_checkpoint: Path, 
 
 
 def test_a_start_that_fails_says_why_and_leaves_no_process(fake_sglang: Path, tiny_checkpoint: Path) -> None:
-    with pytest.raises(BackendError, match="Not enough memory.*lower mem_fraction"):
+    with pytest.raises(BackendError, match=r"Not enough memory.*lower mem_fraction"):
         create_engine("sglang", tiny_checkpoint, device="cpu", mem_fraction=0.001)
     with pytest.raises(BackendError, match="engine_args has no_such_field"):
         create_engine("sglang", tiny_checkpoint, device="cpu", no_such_field=1)
@@ -186,7 +194,7 @@ def test_without_cuda_the_remedy_is_named(fake_sglang: Path, tiny_checkpoint: Pa
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    with pytest.raises(BackendError, match="no CUDA device.*device=cpu"):
+    with pytest.raises(BackendError, match=r"no CUDA device.*device=cpu"):
         create_engine("sglang", tiny_checkpoint)
 
 

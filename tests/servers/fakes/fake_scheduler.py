@@ -13,11 +13,13 @@ import pickle
 import weakref
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+if TYPE_CHECKING:
+    import torch
+    from transformers import DynamicCache
 
 VERSION = "0.5.23+fake"
 
@@ -63,6 +65,7 @@ class FakeArguments:
     max_total_tokens: int | None = None
     chunked_prefill_size: int = 4096
     disable_radix_cache: bool = False
+    disable_overlap_schedule: bool = False
     skip_tokenizer_init: bool = True
     enable_return_hidden_states: bool = False
     enable_custom_logit_processor: bool = False
@@ -87,7 +90,6 @@ class FakeRequest:
 class FakeScheduler:
     def __init__(self, arguments: FakeArguments) -> None:
         self.arguments = arguments
-        self.model: Any = AutoModelForCausalLM.from_pretrained(arguments.model_path, dtype=torch.float32)
         config = json.loads(Path(arguments.model_path, "config.json").read_text())
         generation = Path(arguments.model_path, "generation_config.json")
         ends = [config, json.loads(generation.read_text()) if generation.exists() else {}]
@@ -98,7 +100,20 @@ class FakeScheduler:
         self.aborts: list[str] = []
         self.seen: list[Mapping[str, Any]] = []
         self._cached: set[tuple[str, tuple[int, ...]]] = set()
-        self._random = torch.Generator().manual_seed(0)
+
+    @cached_property
+    def model(self) -> Any:
+        """Loaded when the first request comes: many tests send none."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.arguments.model_path, dtype=torch.float32)
+
+    @cached_property
+    def _random(self) -> torch.Generator:
+        import torch
+
+        return torch.Generator().manual_seed(0)
 
     def server_info(self) -> dict[str, Any]:
         room = min(self.context, self.arguments.max_total_tokens or self.context)
@@ -112,6 +127,7 @@ class FakeScheduler:
             "enable_return_hidden_states": self.arguments.enable_return_hidden_states,
             "return_hidden_states_mode": "full" if self.arguments.enable_return_hidden_states else None,
             "enable_custom_logit_processor": self.arguments.enable_custom_logit_processor,
+            "disable_overlap_schedule": self.arguments.disable_overlap_schedule,
             "enable_deterministic_inference": self.arguments.enable_deterministic_inference,
         }
 
@@ -122,7 +138,6 @@ class FakeScheduler:
             if rid and request.rid.startswith(rid):
                 request.to_finish = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
 
-    @torch.inference_mode()
     def admit(self, body: Mapping[str, Any]) -> FakeRequest:
         """Raises ValueError and TypeError with SGLang's words."""
         self.seen.append(body)
@@ -142,6 +157,9 @@ class FakeScheduler:
 
     async def run(self, request: FakeRequest, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """A chunk per token; the last has the reason."""
+        import torch
+        from transformers import DynamicCache
+
         try:
             cache = DynamicCache()
             with torch.inference_mode():
@@ -204,14 +222,21 @@ class FakeScheduler:
         return next((end for end in range(len(ids) - 1, 0, -1) if (salt, tuple(ids[:end])) in self._cached), 0)
 
     def _forward(self, ids: Sequence[int], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
         out = self.model.model(torch.tensor([list(ids)]), past_key_values=cache, use_cache=True)
         hidden = out.last_hidden_state[0]
         return hidden, self.model.lm_head(hidden)
 
     def _sample(self, request: FakeRequest, logits: torch.Tensor) -> int:
         """SGLang's sampler: penalty of the answer's ids alone, bias, processor, then both filters at once."""
+        import torch
+
         params, scores = request.params, logits.clone()
-        seen = torch.tensor(sorted(set(request.output_ids)), dtype=torch.long)
+        known = request.output_ids
+        if known and not self.arguments.disable_overlap_schedule:
+            known = [request.origin_input_ids[-1], *known[:-1]]
+        seen = torch.tensor(sorted(set(known)), dtype=torch.long)
         penalty = params["repetition_penalty"]
         scores[seen] = torch.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
         for token, bias in (params["logit_bias"] or {}).items():
