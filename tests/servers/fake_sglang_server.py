@@ -8,6 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from gpa_engines.step_model import SlotRequest, StepRow
 from tests.servers.fake_http import Asked, FakeServer, Reply, events_reply, json_reply
 from tests.servers.fakes.fake_scheduler import VERSION, FakeArguments, FakeScheduler
 
@@ -86,10 +89,11 @@ class FakeSglangServer:
                 await chunks.aclose()
 
     def _top(self, body: dict[str, Any]) -> list[tuple[float, int, None]]:
-        import torch
-        from transformers import DynamicCache
-
-        with torch.inference_mode():
-            scores = self.scheduler._forward(body["input_ids"], DynamicCache())[1][-1].log_softmax(-1)
-        best = scores.topk(body["top_logprobs_num"])
-        return [(float(value), int(token), None) for value, token in zip(*best, strict=True)]
+        model = self.scheduler.model
+        slot = model.allocate(SlotRequest(len(body["input_ids"]), body["input_ids"]))
+        assert slot is not None
+        (row,) = model.logits(model.hidden(StepRow(slot.number, body["input_ids"], 0, "none"))[-1:])
+        model.release(slot.number)
+        row = row - np.log(np.exp(row.astype(np.float64)).sum())
+        best = np.argsort(-row)[: body["top_logprobs_num"]]
+        return [(float(row[token]), int(token), None) for token in best]

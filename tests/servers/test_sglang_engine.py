@@ -26,8 +26,6 @@ from gpa_engines.servers.sglang_server import SglangServer, connect_server, open
 from tests.engines.generating import answer, answers
 from tests.servers.fake_sglang_server import FakeSglangServer
 
-pytest.importorskip("transformers", reason="the fake computes its answers with transformers")
-
 PROMPT = (1, 2, 3, 4, 5)
 SERVER_HAS: dict[str, Any] = {
     "enable_return_hidden_states": True,

@@ -1,7 +1,7 @@
 """A fake of SGLang 0.5.23: its shapes, its errors and its peculiarities, as recorded, around a real small model.
 
-The model is the checkpoint's own in transformers, so answers are real token ids and hidden states are real ones. What
-it has of SGLang: chunks of either style, the ends of an answer, the sampler and its differences from the project's
+The model is the checkpoint's own in NumPy, so answers are real token ids and hidden states are real ones. What it has
+of SGLang: chunks of either style, the ends of an answer, the sampler and its differences from the project's
 rule, custom logit processors, parts of long prompts, the prefix cache that swallows hidden states, and errors.
 """
 
@@ -15,11 +15,15 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import DynamicCache
+import numpy as np
+from numpy.typing import NDArray
+
+from gpa_engines.step_model import SlotRequest, StepRow
+from tests.conformance.numpy_engine import NumpyModel
+
+Array = NDArray[np.floating]
 
 VERSION = "0.5.23+fake"
 
@@ -100,20 +104,12 @@ class FakeScheduler:
         self.aborts: list[str] = []
         self.seen: list[Mapping[str, Any]] = []
         self._cached: set[tuple[str, tuple[int, ...]]] = set()
+        self._random = np.random.default_rng(0)
 
     @cached_property
-    def model(self) -> Any:
+    def model(self) -> NumpyModel:
         """Loaded when the first request comes: many tests send none."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_pretrained(self.arguments.model_path, dtype=torch.float32)
-
-    @cached_property
-    def _random(self) -> torch.Generator:
-        import torch
-
-        return torch.Generator().manual_seed(0)
+        return NumpyModel(Path(self.arguments.model_path))
 
     def server_info(self) -> dict[str, Any]:
         room = min(self.context, self.arguments.max_total_tokens or self.context)
@@ -157,27 +153,25 @@ class FakeScheduler:
 
     async def run(self, request: FakeRequest, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """A chunk per token; the last has the reason."""
-        import torch
-        from transformers import DynamicCache
-
+        slot = self.model.allocate(SlotRequest(self.context, request.origin_input_ids))
+        assert slot is not None
         try:
-            cache = DynamicCache()
-            with torch.inference_mode():
-                hidden, logits, cached = self._prefill(request, cache, body.get("cache_salt") or "")
+            hidden, logits, cached = self._prefill(request, slot.number, body.get("cache_salt") or "")
             rows = [hidden.tolist()] if body.get("return_hidden_states") else None
             while True:
                 # SGLang reads the scheduler's messages between two steps.
                 await asyncio.sleep(0)
-                with torch.inference_mode():
-                    token = self._sample(request, logits)
-                    request.output_ids.append(token)
-                    finish = self._finish(request)
-                    yield self._chunk(request, finish, cached, rows)
-                    if finish is not None:
-                        return
-                    logits = self._forward([token], cache)[1][-1]
+                token = self._sample(request, logits)
+                request.output_ids.append(token)
+                finish = self._finish(request)
+                yield self._chunk(request, finish, cached, rows)
+                if finish is not None:
+                    return
+                position = len(request.origin_input_ids) + len(request.output_ids) - 1
+                logits = self.model.logits(self._read([token], slot.number, position))[-1]
         finally:
             del self.running[request.rid]
+            self.model.release(slot.number)
 
     def _validate(self, ids: Sequence[int], params: Mapping[str, Any], body: Mapping[str, Any]) -> None:
         total = len(ids) + params["max_new_tokens"]
@@ -204,54 +198,53 @@ class FakeScheduler:
         if params["min_new_tokens"] and self.arguments.skip_tokenizer_init:
             raise ValueError("min_new_tokens is unavailable when skip_tokenizer_init=True")
 
-    def _prefill(self, request: FakeRequest, cache: DynamicCache, salt: str) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def _prefill(self, request: FakeRequest, slot: int, salt: str) -> tuple[Array, Array, int]:
         """Hidden states of the last part that was read, the last logits, and how many ids were found in the cache."""
         ids = request.origin_input_ids
         cached = 0 if self.arguments.disable_radix_cache else self._longest_cached(salt, ids)
         if cached:
-            self._forward(ids[:cached], cache)
+            self._read(ids[:cached], slot, 0)
         self._cached |= {(salt, tuple(ids[:end])) for end in range(1, len(ids) + 1)}
         size = self.arguments.chunked_prefill_size
         for start in range(cached, len(ids), size):
-            hidden, logits = self._forward(ids[start : start + size], cache)
+            hidden = self._read(ids[start : start + size], slot, start)
+            logits = self.model.logits(hidden[-1:])[0]
             if start + size < len(ids):
-                self._sample(request, logits[-1])  # of a part that is not the last SGLang samples too, for nothing
-        return hidden, logits[-1], cached
+                self._sample(request, logits)  # of a part that is not the last SGLang samples too, for nothing
+        return hidden, logits, cached
 
     def _longest_cached(self, salt: str, ids: Sequence[int]) -> int:
         return next((end for end in range(len(ids) - 1, 0, -1) if (salt, tuple(ids[:end])) in self._cached), 0)
 
-    def _forward(self, ids: Sequence[int], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
-        import torch
+    def _read(self, ids: Sequence[int], slot: int, start: int) -> Array:
+        return self.model.hidden(StepRow(slot, ids, start, "none"))
 
-        out = self.model.model(torch.tensor([list(ids)]), past_key_values=cache, use_cache=True)
-        hidden = out.last_hidden_state[0]
-        return hidden, self.model.lm_head(hidden)
-
-    def _sample(self, request: FakeRequest, logits: torch.Tensor) -> int:
+    def _sample(self, request: FakeRequest, logits: Array) -> int:
         """SGLang's sampler: penalty of the answer's ids alone, bias, processor, then both filters at once."""
-        import torch
-
-        params, scores = request.params, logits.clone()
+        params, scores = request.params, np.array(logits, np.float32)
         known = request.output_ids
         if known and not self.arguments.disable_overlap_schedule:
             known = [request.origin_input_ids[-1], *known[:-1]]
-        seen = torch.tensor(sorted(set(known)), dtype=torch.long)
-        penalty = params["repetition_penalty"]
-        scores[seen] = torch.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+        seen = sorted(set(known))
+        penalty = np.float32(params["repetition_penalty"])
+        scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
         for token, bias in (params["logit_bias"] or {}).items():
-            scores[int(token)] += bias
+            scores[int(token)] += np.float32(bias)
         if request.processor is not None:
-            scores = request.processor(scores[None], [params["custom_params"]])[0]
+            import torch
+
+            scores = request.processor(torch.from_numpy(scores[None]), [params["custom_params"]])[0].numpy()
         if params["temperature"] < 1e-6 or params["top_k"] == 1:
             return int(scores.argmax())
-        probabilities, order = (scores / params["temperature"]).softmax(-1).sort(descending=True)
-        before = probabilities.cumsum(-1) - probabilities
+        weights = np.exp((scores.astype(np.float64) - scores.max()) / params["temperature"])
+        order = np.argsort(-weights, kind="stable")
+        probabilities = weights[order] / weights.sum()
+        before = probabilities.cumsum() - probabilities
         if params["top_k"] > 0:
             probabilities[params["top_k"] :] = 0
         probabilities[before > params["top_p"]] = 0
         probabilities[probabilities < probabilities[0] * params["min_p"]] = 0
-        return int(order[torch.multinomial(probabilities, 1, generator=self._random)])
+        return int(self._random.choice(order, p=probabilities / probabilities.sum()))
 
     def _finish(self, request: FakeRequest) -> dict[str, Any] | None:
         if request.to_finish is not None:
