@@ -189,7 +189,9 @@ class SglangServer:
             return await self._engine.logits_at(ids, positions)
 
     async def busy(self) -> int:
-        """See :class:`gpa_engines.servers.kind.ServerEngine`. Its scheduler answers, so a hanging one shows."""
+        """See :class:`gpa_engines.servers.kind.ServerEngine`. The count may be some steps old."""
+        # This one its scheduler answers, so that a hanging one shows; the counts are read from memory that it writes.
+        await _server_info(self._server)
         try:
             answer = await self._server.get_json("/v1/loads?include=core")
             loads = answer["loads"]
@@ -197,9 +199,7 @@ class SglangServer:
         except ServerRefused as error:
             if error.status != 404:
                 raise
-            # An older version; our own requests are counted all the same.
-            await self._server.get_text("/health")
-            return 0
+            return 0  # an older version; our own requests are counted all the same
         except (KeyError, TypeError, ValueError) as error:
             raise MalformedAnswer(f"{self._server.url}/v1/loads: no running and waiting requests in it") from error
 
