@@ -133,7 +133,9 @@ class SpreadEngine:
                 return
             except _EngineFailed as failure:
                 if given:
-                    raise RequestError(f"{failure} ({given} tokens had come; ask again for the whole)") from failure
+                    raise RequestError(
+                        f"{failure} ({given} {'tokens' if given > 1 else 'token'} had come; ask again for the whole)"
+                    ) from failure
                 self._note_try(tried, member, failure)
 
     async def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:

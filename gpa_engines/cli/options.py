@@ -118,7 +118,7 @@ class RunOptions:
     ] = None
     url: Annotated[
         list[str] | None,
-        _option("--url", panel=_MODEL, metavar="URL", help="A server, with --backend remote; repeat for several."),
+        _option("--url", panel=_MODEL, metavar="URL", help="A server, for --backend remote; repeat for several."),
     ] = None
     key_file: Annotated[
         str | None,

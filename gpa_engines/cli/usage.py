@@ -12,6 +12,7 @@ from gpa_engines.backend_choice import AUTO
 from gpa_engines.cli.options import MODEL_VARIABLE, RunOptions, flag
 from gpa_engines.engine_options import parse_options
 from gpa_engines.registry import backend_options, require_backend
+from gpa_engines.servers.environment import URL_VARIABLE
 from gpa_engines.speech.tasks import TASKS, SamplingOverrides, task_sampling
 
 COMPONENTS = ("codec", "bicodec", "glm_tokenizer", "tokenizer")
@@ -90,8 +91,10 @@ def engine_options(options: RunOptions) -> dict[str, Any]:
     for name in SERVER_OPTIONS:
         if getattr(options, name) and (chosen == AUTO or name not in backend_options(chosen)):
             raise UsageError(f"{flag(name)} is for --backend remote; give that, or leave {flag(name)} out")
-    if options.backend == "remote" and not options.url:
-        raise UsageError("--backend remote needs --url http://host:8000, once for every server")
+    if options.backend == "remote" and not (options.url or os.environ.get(URL_VARIABLE)):
+        raise UsageError(
+            f"--backend remote needs --url http://host:8000, once per server, or {URL_VARIABLE} in the environment"
+        )
     for name in ("threads", "max_tokens_in_flight"):
         value = getattr(options, name)
         if value is not None and value < 1:

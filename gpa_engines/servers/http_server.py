@@ -19,12 +19,14 @@ from urllib.parse import urlsplit
 import httpx
 
 from gpa_codecs.errors import BackendError, RequestError
+from gpa_engines.servers.environment import KEY_VARIABLE
 from gpa_engines.servers.event_stream import EventParser, EventTooLong
 
-KEY_VARIABLE = "GPA_REMOTE_KEY"
-"""Environment variable that holds the bearer key."""
-
 KEY_REMEDY = f"set {KEY_VARIABLE} in the environment or name a file that holds it with key_file (--key-file)"
+
+KEPT_ALIVE = 2.0
+"""Seconds that an idle connection is kept. Servers on uvicorn end theirs after 5: a request on one that is just ending
+would look like a server that died."""
 
 SHOWN = 300
 """Characters of a server's own words that a message repeats."""
@@ -174,7 +176,7 @@ class HttpServer:
                 verify=self._context,
                 # Every wait has a limit of its own below, of which there are more than httpx has.
                 timeout=httpx.Timeout(None, connect=self.access.connect_timeout),
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=KEPT_ALIVE),
                 follow_redirects=False,
             )
             self._loop = loop
@@ -275,7 +277,9 @@ class HttpServer:
                 f"{self.url}: its certificate is not trusted ({words}); name the authority that signed it with "
                 "ca_file, or, where nobody can listen, switch the check off with verify=false"
             )
-        if "SSL" in words:
+        if self.url.startswith("https") and not str(error):
+            words = "the server ended the handshake"
+        if "SSL" in words or "handshake" in words:
             return f"{self.url}: no TLS connection ({words}); if the server has no certificate, its url begins http://"
         return f"{self.url} cannot be reached: {words}; {_START}"
 

@@ -187,6 +187,43 @@ def test_an_engine_that_failed_once_is_used_again(load: Callable[..., Guarded]) 
     asyncio.run(main())
 
 
+def test_a_request_may_begin_again_where_that_is_wanted(load: Callable[..., Guarded]) -> None:
+    members = [load(device="npu:0"), load(device="npu:1")]
+    engine = SpreadEngine(members, tries=2)
+    asked = request((1, 2, 3), 12)
+
+    async def main() -> None:
+        expected = (await answer(members[1].engine, asked)).ids
+        whole = await members[1].engine.logits((1, 2, 3))
+        members[0].failure = RuntimeError("the card is lost")
+        assert (await answer(engine, asked)).ids == expected
+        assert [member.served for member in members] == [1 + 1, 1], "and the one that found it broken"
+        np.testing.assert_array_equal(await engine.logits((1, 2, 3)), whole)
+        members[1].failure = RuntimeError("so is this one")
+        with pytest.raises(RequestError, match=r"npu:1 \(engine 1\) failed: so is this one"):
+            await answer(engine, asked)
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_request_that_has_given_a_token_does_not_begin_again(load: Callable[..., Guarded]) -> None:
+    members = [load(), load()]
+    engine = SpreadEngine(members, tries=2)
+
+    async def main() -> None:
+        deltas = engine.generate(request((1, 2, 3), 12))
+        given = len((await anext(deltas)).ids)
+        members[0].failure = RuntimeError("the card is lost")
+        assert given
+        with pytest.raises(RequestError, match=r"the card is lost \(\d+ tokens? had come; ask again for the whole\)"):
+            await anext(deltas)
+        assert members[1].served == 0
+        await engine.close()
+
+    asyncio.run(main())
+
+
 def test_a_trial_that_its_event_loop_broke_off_is_made_again(load: Callable[..., Guarded]) -> None:
     only = load()
     engine = SpreadEngine([only])

@@ -30,8 +30,8 @@ def create_engine(
 
     model_dir: needs only config.json and the tokenizer's files of the checkpoint, no weights.
     url: `http://host:port` or https; several as a list or with commas between them. A request goes where the fewest
-        run, whoever sent them; what each server can be given, and that it is reached by the same key, is the same.
-    key_file: a file that holds the servers' bearer key; without one the environment variable GPA_REMOTE_KEY has it.
+        run, whoever sent them. None takes the environment variable GPA_REMOTE_URL.
+    key_file: a file that holds the bearer key of all servers; None takes the environment variable GPA_REMOTE_KEY.
     verify: whether the servers' TLS certificates are checked. ca_file: authorities that they are checked against, in
         place of the system's.
     served_name: under which the servers have the model; None is the only one that they have.

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpa_codecs.errors import BackendError
-from gpa_engines.servers.http_server import KEY_REMEDY, KEY_VARIABLE, ServerAccess
+from gpa_engines.servers.environment import KEY_VARIABLE, URL_VARIABLE
+from gpa_engines.servers.http_server import KEY_REMEDY, ServerAccess
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
@@ -73,10 +74,15 @@ def read_key(key_file: str | Path | None) -> str | None:
 
 
 def _urls(url: str | Sequence[str] | None) -> list[str]:
+    if url is None:
+        url = os.environ.get(URL_VARIABLE)
     given = [url] if isinstance(url, str) else list(url or ())
     if any(not isinstance(each, str) for each in given):
         raise BackendError(f"url is {url!r}; expected one or several such as http://host:8000")
     urls = [part.strip() for each in given for part in each.split(",") if part.strip()]
     if not urls:
-        raise BackendError("backend 'remote' needs the servers' addresses: --url http://host:8000, once per server")
+        raise BackendError(
+            "backend 'remote' needs the servers' addresses: --url http://host:8000 for gpa-run, once for every server; "
+            f"elsewhere --option url=http://host:8000, or {URL_VARIABLE} in the environment"
+        )
     return urls

@@ -1,0 +1,334 @@
+"""The remote engine over real vLLM servers: the torch engine's answers, and servers that are killed and come back.
+
+Runs where vLLM is: `tox -e vllm`, or GPA_VLLM_PYTHON names a Python that has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("httpx", reason="needs httpx")
+pytest.importorskip("torch", reason="needs torch, with which vLLM is compared")
+
+from gpa_codecs.errors import BackendError, CapacityError, DeclinedRequest, RequestError
+from gpa_engines.cli.run import main as gpa_run
+from gpa_engines.engine import Engine, GenerationRequest, SamplingParams
+from gpa_engines.registry import create_engine
+from gpa_engines.sampling import Sampler
+from gpa_engines.servers.http_server import ServerRefused
+from tests.backends.remote.real_vllm import RealVllm, vllm_python
+from tests.servers.asking import Answer, answer, request
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(
+        vllm_python() is None, reason="vLLM is not installed here, and GPA_VLLM_PYTHON names no Python that has it"
+    ),
+]
+
+KEY = "the-key-of-the-test"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealVllm]:
+    """One server for all tests; who kills it starts it again."""
+    real = RealVllm(tiny_checkpoint, tmp_path_factory.mktemp("vllm") / "one.log", KEY)
+    real.start()
+    yield real
+    real.kill()
+
+
+@pytest.fixture
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPA_REMOTE_KEY", KEY)
+
+
+@pytest.fixture
+def remote(server: RealVllm, tiny_checkpoint: Path, key: None) -> Iterator[Engine]:
+    engine = create_engine("remote", tiny_checkpoint, url=server.url, recheck=0.2, connect_timeout=30.0)
+    yield engine
+    asyncio.run(engine.close())
+
+
+@pytest.fixture
+def local(tiny_checkpoint: Path) -> Iterator[Engine]:
+    engine = create_engine("torch", tiny_checkpoint, device="cpu", dtype="float32", threads=1)
+    yield engine
+    asyncio.run(engine.close())
+
+
+def prompts(count: int) -> list[tuple[int, ...]]:
+    """Of 5 to 5 + 3 * count ids from all over the vocabulary."""
+    random = np.random.default_rng(7)
+    return [tuple(random.integers(0, 5141, 5 + 3 * index).tolist()) for index in range(count)]
+
+
+def greedy_requests() -> list[GenerationRequest]:
+    """Plain, penalised, restricted, with stop ids and with minima."""
+    stops = tuple(range(100, 5141, 9))
+    kinds: list[dict[str, Any]] = [
+        {"sampling": SamplingParams(max_new_tokens=24)},
+        {"sampling": SamplingParams(max_new_tokens=24, repetition_penalty=1.3)},
+        {"sampling": SamplingParams(max_new_tokens=24, repetition_penalty=0.8), "stop_ids": stops},
+        {"sampling": SamplingParams(max_new_tokens=24), "allowed": (range(700, 2000), range(4816, 5136))},
+        {
+            "sampling": SamplingParams(max_new_tokens=24, repetition_penalty=1.2),
+            "allowed": (range(3),),
+            "stop_ids": (514,),
+        },
+        {"sampling": SamplingParams(max_new_tokens=24, min_new_tokens=9), "stop_ids": stops},
+        {"sampling": SamplingParams(max_new_tokens=24, min_new_tokens=9), "stop_ids": (*stops, 514)},
+        {"sampling": SamplingParams(max_new_tokens=1), "stop_ids": stops},
+    ]
+    return [GenerationRequest(prompt, **kinds[index % len(kinds)]) for index, prompt in enumerate(prompts(16))]
+
+
+def test_it_says_what_it_is(remote: Engine, server: RealVllm) -> None:
+    info = remote.info
+    assert (info.backend, info.device, info.dtype) == ("remote", server.url, "float32")
+    assert (info.vocab_size, info.max_context) == (5141, 2048)
+    assert info.capabilities == {"logits", "batch", "allowed", "seed"}
+    assert info.note.startswith("vLLM ")
+    assert info.note.endswith("; weights compared with torch on cpu")
+
+
+def test_greedy_answers_are_the_torch_engines_alone_and_in_company(remote: Engine, local: Engine) -> None:
+    requests = greedy_requests()
+
+    async def main() -> None:
+        expected = [await answer(local, each) for each in requests]
+        alone = [await answer(remote, each) for each in requests]
+        together = await asyncio.gather(*(answer(remote, each) for each in requests))
+        for given in (alone, together):
+            assert [each.ids for each in given] == [each.ids for each in expected]
+            assert [each.finish_reason for each in given] == [each.finish_reason for each in expected]
+        assert {each.finish_reason for each in expected} == {"stop", "length"}
+
+    asyncio.run(main())
+
+
+def test_logits_are_the_torch_engines(remote: Engine, local: Engine) -> None:
+    async def main() -> None:
+        for prompt in prompts(3):
+            mine, theirs = await remote.logits(prompt), await local.logits(prompt)
+            assert np.linalg.norm(mine - theirs) / np.linalg.norm(theirs) < 1e-5
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.7, "top_k": 8},
+        {"temperature": 1.3, "top_p": 0.02},
+        {"temperature": 1.0, "min_p": 0.6},
+        {"temperature": 0.2, "top_k": 50, "repetition_penalty": 1.2},
+        {"temperature": 0.5, "top_k": 20, "min_p": 0.5},
+    ],
+)
+def test_draws_follow_the_shared_rule(sampling: dict[str, Any], remote: Engine) -> None:
+    """First tokens of 200 requests: only ids that the rule keeps, about as often as it says."""
+    prompt = prompts(4)[3]
+    params = SamplingParams(max_new_tokens=1, **sampling)
+
+    async def main() -> None:
+        row = (await remote.logits(prompt))[-1]
+        ids, probabilities = Sampler(params, prompt).distribution(row)
+        wanted = [request(prompt, 1, seed=seed, **sampling) for seed in range(200)]
+        first = await asyncio.gather(*(answer(remote, each) for each in wanted))
+        drawn = [each.ids[0] for each in first]
+        assert set(drawn) <= set(ids.tolist())
+        counts = np.array([drawn.count(token) for token in ids])
+        # Each count is binomial; five standard deviations and a half are never left by chance.
+        deviation = np.sqrt(200 * probabilities * (1 - probabilities)) + 1
+        assert (np.abs(counts - 200 * probabilities) < 5.5 * deviation).all()
+        again = await asyncio.gather(*(answer(remote, each) for each in wanted[:20]))
+        assert [each.ids for each in again] == [each.ids for each in first[:20]], "the same seed, the same token"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        ("--task", "stt", "--src-audio", "zh_female_16k.wav"),
+        ("--task", "tts-a", "--ref-audio", "en_male.ogg", "--text", "Hello there."),
+        ("--task", "vc", "--src-audio", "en_female.flac", "--ref-audio", "en_male_16k.wav"),
+    ],
+    ids=lambda task: task[1],
+)
+def test_the_speech_tasks_are_the_torch_engines_without_the_weights(
+    task: tuple[str, ...],
+    server: RealVllm,
+    tiny_checkpoint_copy: Path,
+    audio_dir: Path,
+    tmp_path: Path,
+    key: None,
+    capfdbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    """Real audio through gpa-run: the same text, or the same samples, as greedy torch gives in float32."""
+    assert gpa_run(["fingerprint", "--model", str(tiny_checkpoint_copy)]) == 0
+    arguments = [str(audio_dir / each) if (audio_dir / each).is_file() else each for each in task]
+    common = [*arguments, "--model", str(tiny_checkpoint_copy), "--dtype", "float32", "--temperature", "0"]
+    results = []
+    for more in (["--backend", "torch"], ["--backend", "remote", "--url", server.url]):
+        out = tmp_path / f"{more[1]}.out"
+        capfdbinary.readouterr()
+        assert gpa_run([*common, *more, "--max-new-tokens", "100", "--json", "-o", str(out)]) == 0
+        report = json.loads(capfdbinary.readouterr().out)
+        assert report["backend"] == more[1]
+        results.append((out.read_bytes(), report["new_tokens"], [piece["finish_reason"] for piece in report["pieces"]]))
+        (tiny_checkpoint_copy / "model.safetensors").unlink(missing_ok=True)
+    assert results[0] == results[1]
+    assert results[0][1] > 20
+
+
+def test_bad_requests_are_said_and_harm_nobody(remote: Engine) -> None:
+    async def main() -> None:
+        for wanted, error, message in (
+            (request((1, 5141), 2), RequestError, r"prompt_ids\[1\] is 5141; the vocabulary has ids 0 to 5140"),
+            (request((1,) * 2000, 100), CapacityError, "need 2100 positions; the smallest server has 2048"),
+            (request((1,), 2, temperature=1.0, top_p=0.5, min_p=0.1), DeclinedRequest, "both given"),
+            (request((1,), 2, temperature=0.005), DeclinedRequest, "temperature is 0.005"),
+        ):
+            with pytest.raises(error, match=message):
+                await answer(remote, wanted)
+        assert len((await answer(remote, request((1,) * 2000, 48))).ids) == 48, "just fits"
+
+    asyncio.run(main())
+
+
+def test_leaving_a_stream_frees_the_server(remote: Any, server: RealVllm) -> None:
+    async def main() -> None:
+        member = remote._members[0].engine
+        async with aclosing(remote.generate(request((1, 2, 3), 2000))) as deltas:
+            await anext(deltas)
+            assert await member.busy() == 1
+        for _ in range(100):
+            if await member.busy() == 0:
+                break
+            await asyncio.sleep(0.1)
+        assert await member.busy() == 0
+
+    asyncio.run(main())
+
+
+def test_a_wrong_key_and_another_model_are_refused(
+    server: RealVllm, tiny_checkpoint_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ServerRefused, match="401: Unauthorized: the server asks for a key; set GPA_REMOTE_KEY"):
+        create_engine("remote", tiny_checkpoint_copy, url=server.url)
+    monkeypatch.setenv("GPA_REMOTE_KEY", "wrong")
+    with pytest.raises(ServerRefused, match="the key that was sent is not the server's"):
+        create_engine("remote", tiny_checkpoint_copy, url=server.url)
+    monkeypatch.setenv("GPA_REMOTE_KEY", KEY)
+    from safetensors.torch import load_file, save_file
+
+    path = tiny_checkpoint_copy / "model.safetensors"
+    weights = load_file(path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({**weights, name: weights[name] * 1.1}, path, {"format": "pt"})
+    with pytest.raises(BackendError, match="does not hold the weights of torch on cpu"):
+        create_engine("remote", tiny_checkpoint_copy, url=server.url)
+    config = tiny_checkpoint_copy / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 5141', '"vocab_size": 5140'))
+    with pytest.raises(BackendError, match="vocabulary is larger than the 5140 ids of the model's folder"):
+        create_engine("remote", tiny_checkpoint_copy, url=server.url, expect="none")
+
+
+def outcomes_of(given: list[Any], expected: list[Answer]) -> tuple[int, list[RequestError]]:
+    """(whole answers, clear errors); anything else fails."""
+    errors = []
+    for outcome, whole in zip(given, expected, strict=True):
+        if isinstance(outcome, Answer):
+            assert outcome.ids == whole.ids
+        else:
+            assert isinstance(outcome, RequestError), repr(outcome)
+            assert "127.0.0.1" in str(outcome)
+            errors.append(outcome)
+    return len(given) - len(errors), errors
+
+
+async def watch(engine: Engine, wanted: GenerationRequest, whole: Answer, counts: list[int], index: int) -> Answer:
+    """Run a request, every token of which must be right also if it ends in an error; counts them at `index`."""
+    ids: list[int] = []
+    async with aclosing(engine.generate(wanted)) as deltas:
+        async for delta in deltas:
+            ids.extend(delta.ids)
+            counts[index] = len(ids)
+            assert tuple(ids) == whole.ids[: len(ids)], "a wrong token"
+            if delta.finish_reason is not None:
+                assert delta.usage is not None
+                return Answer(tuple(ids), delta.finish_reason, delta.usage)
+    raise AssertionError("the stream ended without a word")
+
+
+def test_a_server_killed_in_the_middle_of_16_streams(remote: Engine, local: Engine, server: RealVllm) -> None:
+    requests = [request(prompt, 400) for prompt in prompts(16)]
+
+    async def main() -> None:
+        expected = [await answer(local, each) for each in requests]
+        counts = [0] * 16
+        running = [
+            asyncio.create_task(watch(remote, each, whole, counts, index))
+            for index, (each, whole) in enumerate(zip(requests, expected, strict=True))
+        ]
+        while min(counts) < 5:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(server.kill)
+        given = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 60)
+        whole, errors = outcomes_of(given, expected)
+        assert (whole, len(errors)) == (0, 16)
+        assert all("had come; ask again for the whole" in str(error) for error in errors)
+        with pytest.raises(RequestError, match=r"no engine is left: .* cannot be reached: .*is the server running"):
+            await asyncio.wait_for(answer(remote, requests[0]), 60)
+        await asyncio.to_thread(server.start)
+        short = [request(prompt, 12) for prompt in prompts(16)]
+        again = await asyncio.gather(*(answer(remote, each) for each in short))
+        assert [each.ids for each in again] == [each.ids[:12] for each in expected]
+
+    asyncio.run(main())
+
+
+def test_one_of_two_servers_is_killed(
+    server: RealVllm, tiny_checkpoint: Path, local: Engine, key: None, tmp_path: Path
+) -> None:
+    other = RealVllm(tiny_checkpoint, tmp_path / "two.log", KEY)
+    requests = [request(prompt, 300) for prompt in prompts(16)]
+    try:
+        other.start()
+        engine = create_engine(
+            "remote", tiny_checkpoint, url=[server.url, other.url], recheck=0.2, connect_timeout=30.0
+        )
+
+        async def main() -> None:
+            expected = [await answer(local, each) for each in requests]
+            counts = [0] * 16
+            running = [
+                asyncio.create_task(watch(engine, each, whole, counts, index))
+                for index, (each, whole) in enumerate(zip(requests, expected, strict=True))
+            ]
+            while sum(counts) < 16 * 5:
+                await asyncio.sleep(0.02)
+            await asyncio.to_thread(other.kill)
+            given = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 200)
+            whole, errors = outcomes_of(given, expected)
+            assert whole >= 8, "those of the other server, and those that had given nothing"
+            assert all(other.url in str(error) for error in errors)
+            short = [request(prompt, 12) for prompt in prompts(8)]
+            after = await asyncio.gather(*(answer(engine, each) for each in short))
+            assert [each.ids for each in after] == [each.ids[:12] for each in expected[:8]]
+            await engine.close()
+
+        asyncio.run(main())
+    finally:
+        other.kill()
