@@ -18,6 +18,7 @@ from gpa_codecs.errors import BackendError, CapacityError, DeclinedRequest, Requ
 from gpa_engines.backends.torch import create_engine as create_torch
 from gpa_engines.engine import Engine, GenerationRequest, SamplingParams
 from gpa_engines.lm_config import LMConfig
+from gpa_engines.registry import create_engine
 from gpa_engines.servers.http_server import HttpServer, ServerAccess, ServerError, ServerLost, ServerRefused
 from gpa_engines.servers.kind import ExpectedModel, ServerKind, find_kind
 from gpa_engines.servers.lm_head import LMHead
@@ -400,6 +401,26 @@ def test_what_a_fleet_asks(engine: SglangServer, torch_engine: Engine) -> None:
         assert await engine.token_names((1, 2)) is None  # the fake has no tokenizer to ask
 
     run(ask)
+
+
+def test_the_remote_backend_takes_sglang_servers(
+    tiny_checkpoint: Path, torch_engine: Engine, server: FakeSglangServer
+) -> None:
+    async def both() -> None:
+        engine = create_engine("remote", tiny_checkpoint, url=server.url, expect="none")
+        wanted = [
+            GenerationRequest(PROMPT, SamplingParams(max_new_tokens=8)),
+            GenerationRequest(PROMPT, SamplingParams(max_new_tokens=8, repetition_penalty=1.3), (9,), (range(10, 40),)),
+        ]
+        given, expected = await answers(engine, wanted), await answers(torch_engine, wanted)
+        assert [each.ids for each in given] == [each.ids for each in expected]
+        assert "SGLang" in engine.info.note
+        declined = GenerationRequest(PROMPT, SamplingParams(1.0, top_k=5, top_p=0.5, max_new_tokens=4))
+        with pytest.raises(DeclinedRequest, match="top_k 5 and top_p"):
+            await answer(engine, declined)
+        await engine.close()
+
+    run(both)
 
 
 def test_a_server_says_that_it_is_sglang(server: FakeSglangServer) -> None:
