@@ -52,7 +52,7 @@ BACKENDS = {
         Backend("mlx", "Apple silicon; Linux CPU", "gpa_engines.backends.mlx", ("mlx",), "mlx", own_format=True),
         Backend("onnx", "CPU, ONNX Runtime", "gpa_engines.backends.onnx", ("onnxruntime",), "onnx", own_format=True),
         Backend("vllm", "CUDA servers; CPU"),
-        Backend("sglang", "CUDA servers"),
+        Backend("sglang", "CUDA servers; CPU by recipe", "gpa_engines.backends.sglang", ("sglang",), "sglang"),
         Backend(
             *("remote", "vLLM and SGLang servers", "gpa_engines.backends.remote", ("httpx",), "remote"),
             own_format=True,
@@ -95,7 +95,7 @@ def require_backend(name: str) -> Backend:
 
 
 def backend_options(name: str) -> dict[str, inspect.Parameter]:
-    """The options that `create_engine` accepts for a backend, by name."""
+    """The named options of a backend, by name; it may take others, which it judges itself."""
     return _options(_factory(require_backend(name)))
 
 
@@ -107,7 +107,7 @@ def create_engine(name: str, model_dir: str | Path, **options: Any) -> Engine:
     """
     create = _factory(require_backend(name))
     known = _options(create)
-    for option in options:
+    for option in () if _takes_others(create) else options:
         if option not in known:
             raise BackendError(f"backend {name!r} has no option {option!r}; its options: {', '.join(known)}")
     return create(Path(model_dir), **options)
@@ -121,3 +121,7 @@ def _factory(backend: Backend) -> Callable[..., Engine]:
 def _options(create: Callable[..., Engine]) -> dict[str, inspect.Parameter]:
     parameters = inspect.signature(create).parameters.values()
     return {each.name: each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _takes_others(create: Callable[..., Engine]) -> bool:
+    return any(each.kind is inspect.Parameter.VAR_KEYWORD for each in inspect.signature(create).parameters.values())

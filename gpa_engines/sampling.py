@@ -71,6 +71,19 @@ class Sampler:
         self._remember(row)
         return row if self.candidate_ids is None else int(self.candidate_ids[row])
 
+    def replay(self, ids: Sequence[int]) -> None:
+        """Go on as if `next` had chosen these ids, the random numbers that it took for them included.
+
+        Raises RequestError for an id that is no candidate.
+        """
+        for token in ids:
+            rows = self._rows_of((token,))
+            if not len(rows):
+                raise RequestError(f"the answer holds id {token}, which may not be generated")
+            if self._params.temperature != 0:
+                self._random.random()
+            self._remember(int(rows[0]))
+
     def distribution(self, logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """What `next` would draw from: kept ids int64[K], ascending, and their probabilities float64[K].
 

@@ -104,7 +104,7 @@ HARDWARE = {
         converted="onnx/lm",
     ),
     "vllm": Hardware("vllm"),
-    "sglang": Hardware("sglang"),
+    "sglang": Hardware("sglang", variants=(Variant("float32"), Variant("bfloat16"))),
 }
 
 EXPORT = ("to_onnx.py", "{model}", "--what", "all", *(word for p in PRECISIONS for word in ("--precision", p)))
@@ -188,7 +188,7 @@ def _prepare_reference(given: argparse.Namespace) -> int:
 
 def _run_all(hardware: Hardware, given: argparse.Namespace, baseline: str) -> int:
     worst, reports = 0, []
-    common = _options(cases=given.cases, known_failures=given.known_failures, device=hardware.device or None)
+    common = _options(cases=given.cases, known_failures=given.known_failures, device=_device(hardware))
     for variant in hardware.variants or (Variant("", ""),):
         if reason := unsupported(hardware, variant):
             print(f"{variant.name} skipped: {reason}")
@@ -204,6 +204,13 @@ def _run_all(hardware: Hardware, given: argparse.Namespace, baseline: str) -> in
         matrix = _options(html=str(given.out / f"{given.hardware}.html"))
         worst = max(worst, _conformance("compare", *reports, *matrix))
     return worst
+
+
+def _device(hardware: Hardware) -> str | None:
+    """What the engine is told. SGLang looks for a GPU unless it is told that there is none."""
+    if hardware.backend == "sglang" and not import_module("torch").cuda.is_available():
+        return "cpu"
+    return hardware.device or None
 
 
 def _baseline(given: argparse.Namespace) -> tuple[int, str]:

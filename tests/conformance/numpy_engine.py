@@ -53,7 +53,8 @@ class NumpyModel:
     def step(self, rows: Sequence[StepRow]) -> list[NDArray[np.float32] | None]:
         return [self._row(row) for row in rows]
 
-    def _row(self, row: StepRow) -> Array | None:
+    def hidden(self, row: StepRow) -> Array:
+        """float32[n, H]: the last layer's output at the row's positions, normalised."""
         x = self.weights["model.embed_tokens.weight"][list(row.ids)]
         for index in range(self.config.num_hidden_layers):
             layer = f"model.layers.{index}."
@@ -62,13 +63,21 @@ class NumpyModel:
             gate = hidden @ self.weights[layer + "mlp.gate_proj.weight"].T
             up = hidden @ self.weights[layer + "mlp.up_proj.weight"].T
             x = x + (gate / (1 + np.exp(-gate)) * up) @ self.weights[layer + "mlp.down_proj.weight"].T
+        return self._norm(x, "model.norm")
+
+    def _row(self, row: StepRow) -> Array | None:
+        hidden = self.hidden(row)
         if row.logits == "none":
             return None
-        chosen = x[-1:] if row.logits == "last" else x[list(row.offsets)]
-        logits = self._norm(chosen, "model.norm") @ self.weights["model.embed_tokens.weight"].T
+        chosen = hidden[-1:] if row.logits == "last" else hidden[list(row.offsets)]
+        logits = self.logits(chosen)
         if row.candidates is not None:
             logits = logits[:, row.candidates.ids]
         return logits[0] if row.logits == "last" else logits
+
+    def logits(self, hidden: Array) -> Array:
+        """float32[n, V] of :meth:`hidden`."""
+        return hidden @ self.weights["model.embed_tokens.weight"].T
 
     def _attend(self, x: Array, prefix: str, index: int, row: StepRow) -> Array:
         config = self.config

@@ -176,6 +176,20 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others() -> None:
     assert len(set(tokens(0))) > 5  # seed 0 is a seed like any other
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_that_is_replayed_goes_on_as_it_would_have(temperature: float) -> None:
+    rows = np.random.default_rng(1).standard_normal((8, 40)).astype(np.float32)
+    params = SamplingParams(temperature, repetition_penalty=1.3, max_new_tokens=8, min_new_tokens=5, seed=3)
+    whole = Sampler(params, (1, 2), (7,), (range(5, 30),))
+    ids = whole.candidate_ids
+    expected = [whole.next(row[ids]) for row in rows]
+    again = Sampler(params, (1, 2), (7,), (range(5, 30),))
+    again.replay(expected[:4])
+    assert [again.next(row[ids]) for row in rows[4:]] == expected[4:]
+    with pytest.raises(RequestError, match="holds id 35"):
+        again.replay((35,))
+
+
 def test_a_fresh_seed_is_drawn_and_repeats_the_run() -> None:
     rows = [random_row(step) for step in range(40)]
     first, second = (Sampler(SamplingParams(temperature=2.0), [1]) for _ in range(2))
