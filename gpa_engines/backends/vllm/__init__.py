@@ -44,8 +44,8 @@ def create_engine(
     kv_cache_gib: GiB for keys and values; 112 KiB per position at the released size in bfloat16, 224 in float32. None
         is room for two longest requests on a CPU and what `gpu_memory_utilization` leaves elsewhere.
     engine_args: other fields of vLLM's AsyncEngineArgs, by vLLM's names; text is read as the field's type.
-    Raises BackendError for a value, a device or a field that cannot be had and when vLLM does not start, CheckpointError
-    for a damaged checkpoint.
+    Raises BackendError for a value, a device or a field that cannot be had and when vLLM does not start,
+    CheckpointError for a damaged checkpoint.
     """
     from gpa_engines.backends.vllm.engine import build_engine
     from gpa_engines.backends.vllm.settings import Settings

@@ -140,7 +140,7 @@ class VllmEngine:
     def check(self) -> None:
         """Serve one request, as a thread without an event loop; raises what is wrong with the engine as a GpaError."""
         sampling = SamplingParams(temperature=1.0, top_k=2, max_new_tokens=1, seed=0)
-        request = GenerationRequest((0,), sampling, allowed=(range(0, 2),))
+        request = GenerationRequest((0,), sampling, allowed=(range(2),))
 
         async def serve() -> None:
             async for _ in self.generate(request):

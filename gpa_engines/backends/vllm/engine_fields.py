@@ -64,8 +64,8 @@ OURS = {
 def read_fields(given: Mapping[str, Any], known: Mapping[str, Any], options: tuple[str, ...]) -> dict[str, Any]:
     """The given engine arguments as their fields' types.
 
-    known: the type of every field of AsyncEngineArgs, by name. options: names of our own. Raises BackendError for a name
-    that vLLM does not know, one that the engine sets itself, and a value that is not of the field's type.
+    known: the type of every field of AsyncEngineArgs, by name. options: names of our own. Raises BackendError for a
+    name that vLLM does not know, one that the engine sets itself, and a value that is not of the field's type.
     """
     return {name: _read_field(name, value, known, options) for name, value in given.items()}
 

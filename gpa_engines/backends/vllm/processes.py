@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing.resource_tracker
 import multiprocessing.spawn
 import os
@@ -21,7 +22,7 @@ LEVEL = "VLLM_LOGGING_LEVEL"
 LAST_LINES = 3
 LONGEST_LINE = 400
 
-_ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)\b.*|.*\b(?:terminate called|Fatal|Killed)\b.*")
+_ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Exit)\b.*|.*\b(?:terminate called|Fatal|Killed)\b.*")
 _LOG_PREFIX = re.compile(r"^\s*(?:\([^)]*\)\s*)*(?:(?:ERROR|CRITICAL|WARNING|INFO)\s+[\d-]+\s+[\d:]+\s+\[[^\]]*\]\s*)?")
 _OF_NO_USE = ("RuntimeError: Engine core initialization failed", "Exception: WorkerProc initialization failed")
 """What vLLM's outer processes say of a failure of an inner one."""
@@ -77,11 +78,17 @@ def explain(printed: str) -> str:
     return " | ".join([*dict.fromkeys((telling or errors)[::-1])][:LAST_LINES][::-1])
 
 
-def import_environment() -> dict[str, str | None]:
-    """For importing vLLM into this process: nothing that it logs goes to standard output, and what fails is raised."""
-    if os.environ.get(LEVEL):
-        return {"VLLM_LOGGING_STREAM": os.environ.get("VLLM_LOGGING_STREAM", "ext://sys.stderr")}
-    return {LEVEL: "CRITICAL", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+@contextmanager
+def importing() -> Iterator[None]:
+    """vLLM is imported into this process meanwhile: nothing that it logs goes to standard output, and it logs little,
+    since what fails is raised. Who sets vLLM's own variables gets what they ask for."""
+    values: dict[str, str | None] = {"VLLM_LOGGING_STREAM": os.environ.get("VLLM_LOGGING_STREAM", "ext://sys.stderr")}
+    if not os.environ.get(LEVEL):
+        values[LEVEL] = "CRITICAL"
+        # Some of it is logged before vLLM sets up its logging.
+        logging.getLogger("vllm").setLevel(logging.CRITICAL)
+    with environment(values):
+        yield
 
 
 def process_environment(settings: Settings, device: str, *, sized: bool) -> dict[str, str | None]:

@@ -5,8 +5,8 @@ prompt and answer, and takes the highest logit at temperature 0, ties to the low
 it. Its other steps are not ours. It refuses temperatures above 2 and raises those below 0.01; it applies min-p before
 top-k and top-p, which is another distribution as soon as top-p is on; its GPU kernels drop ids that tie with the k-th;
 ties at the limit of top-p stay as its sort happens to leave them. So a sampled request has temperature 1 and no filter
-by vLLM's fields, and carries ours in `extra_args`, for :mod:`gpa_engines.backends.vllm.sampling_rule` to apply in vLLM's
-worker before it draws.
+by vLLM's fields, and carries ours in `extra_args`, for :mod:`gpa_engines.backends.vllm.sampling_rule` to apply in
+vLLM's worker before it draws.
 """
 
 from __future__ import annotations
