@@ -33,7 +33,7 @@ CAPABILITIES: tuple[Capability, ...] = ("logits", "batch", "allowed", "seed", "c
 STARTING = threading.Lock()
 """Variables of this process and the way in which it starts others are changed while an engine starts."""
 
-SHUTDOWN_SECONDS = 5.0
+SHUTDOWN_SECONDS = 8.0
 """That vLLM's processes get to end before they are killed."""
 
 

@@ -104,6 +104,8 @@ def process_environment(settings: Settings, device: str, *, sized: bool) -> dict
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         # This process has threads, with which a forked one may hang.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # Nothing of a worker's needs to be saved.
+        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": os.environ.get("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "2"),
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",

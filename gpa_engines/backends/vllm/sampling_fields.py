@@ -2,11 +2,16 @@
 
 vLLM masks the ids that are not allowed, bars stop ids until `min_tokens`, applies the repetition penalty to every id of
 prompt and answer, and takes the highest logit at temperature 0, ties to the lowest id: all as the one sampling rule has
-it. Its other steps are not ours. It refuses temperatures above 2 and raises those below 0.01; it applies min-p before
-top-k and top-p, which is another distribution as soon as top-p is on; its GPU kernels drop ids that tie with the k-th;
-ties at the limit of top-p stay as its sort happens to leave them. So a sampled request has temperature 1 and no filter
-by vLLM's fields, and carries ours in `extra_args`, for :mod:`gpa_engines.backends.vllm.sampling_rule` to apply in
-vLLM's worker before it draws.
+it. Its other steps are not ours:
+
+- It refuses temperatures above 2 and raises those below 0.01.
+- It applies min-p before top-k and top-p, which is another distribution as soon as top-p is on.
+- Its GPU kernels drop ids that tie with the k-th; ties at the limit of top-p stay as its sort happens to leave them.
+- A request with a seed whose prompt is read in parts ends the engine on a CPU ("CPU Generator does not use offset"); on
+  a GPU it draws from another place of its random numbers than one whose prompt is read at once.
+
+So a sampled request has temperature 1, no filter and no seed in vLLM's fields, and carries ours in `extra_args`, for
+:mod:`gpa_engines.backends.vllm.sampling_rule` to filter and draw by in vLLM's worker.
 """
 
 from __future__ import annotations
@@ -19,7 +24,9 @@ from gpa_engines.engine import GenerationRequest, SamplingParams
 from gpa_engines.sampling import candidate_ids
 
 RULE = "gpa_sampling"
-"""Key of `extra_args` under which a sampled request carries temperature, top_k, top_p and min_p."""
+"""Key of `extra_args` under which a sampled request carries temperature, top_k, top_p, min_p and its seed."""
+
+SEED = "seed"
 
 
 def choose_seed(sampling: SamplingParams) -> int:
@@ -46,12 +53,12 @@ def sampling_fields(request: GenerationRequest, seed: int) -> dict[str, Any]:
         "top_p": 1.0,
         "min_p": 0.0,
         "repetition_penalty": sampling.repetition_penalty,
-        "seed": seed,
+        "seed": None,
         "max_tokens": sampling.max_new_tokens,
         "min_tokens": sampling.min_new_tokens,
         "stop_token_ids": list(request.stop_ids),
         "allowed_token_ids": None if allowed is None else allowed.tolist(),
-        "extra_args": None if greedy else {RULE: _rule(sampling)},
+        "extra_args": None if greedy else {RULE: _rule(sampling) | {SEED: seed}},
     }
 
 
@@ -63,7 +70,7 @@ def logits_fields(*, prompt: bool) -> dict[str, Any]:
         "top_p": 1.0,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
-        "seed": 0,
+        "seed": None,
         "max_tokens": 1,
         "min_tokens": 0,
         "stop_token_ids": [],
@@ -75,7 +82,7 @@ def logits_fields(*, prompt: bool) -> dict[str, Any]:
     }
 
 
-def _rule(sampling: SamplingParams) -> dict[str, float]:
+def _rule(sampling: SamplingParams) -> dict[str, int | float]:
     return {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
 
 
