@@ -122,7 +122,7 @@ def _start_llm(folder: Path, settings: Settings) -> RunningLlm:
         # Errors that modules keep from their import hold the frames below it, and those the engine; not on this thread.
         device, fields_known, has_bfloat16 = in_passing_thread(_import_vllm)
     dtype = settings.resolved_dtype(device, has_bfloat16=has_bfloat16)
-    own = read_fields(settings.engine_args, fields_known, _option_names())
+    own = read_fields(settings.engine_args, fields_known, option_names())
     workspace = Workspace()
     fields = settings.engine_fields(
         folder, config, device=device, dtype=dtype, generation_config=workspace.generation_config
@@ -231,5 +231,6 @@ def _note(settings: Settings) -> str:
     return ", ".join(notes)
 
 
-def _option_names() -> tuple[str, ...]:
+def option_names() -> tuple[str, ...]:
+    """Names of our own options."""
     return tuple(each.name for each in dataclasses.fields(Settings) if each.name != "engine_args")

@@ -53,8 +53,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise BackendError(f"{name} is {value!r}; expected a whole number of at least 1")
-        for name in ("prefix_caching", "enforce_eager"):
-            if not isinstance(getattr(self, name), bool | None):
+        for name, kinds in (("prefix_caching", bool), ("enforce_eager", bool | None)):
+            if not isinstance(getattr(self, name), kinds):
                 raise BackendError(f"{name} is {getattr(self, name)!r}; expected true or false")
         share = self.gpu_memory_utilization
         if share is not None and not (_is_number(share) and 0 < share <= 1):
