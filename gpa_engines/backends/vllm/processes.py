@@ -24,8 +24,14 @@ LONGEST_LINE = 400
 
 _ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Exit)\b.*|.*\b(?:terminate called|Fatal|Killed)\b.*")
 _LOG_PREFIX = re.compile(r"^\s*(?:\([^)]*\)\s*)*(?:(?:ERROR|CRITICAL|WARNING|INFO)\s+[\d-]+\s+[\d:]+\s+\[[^\]]*\]\s*)?")
-_OF_NO_USE = ("RuntimeError: Engine core initialization failed", "Exception: WorkerProc initialization failed")
+_OF_NO_USE = (
+    "RuntimeError: Engine core initialization failed",
+    "Exception: WorkerProc initialization failed",
+    "RuntimeError: Worker failed with error",
+)
 """What vLLM's outer processes say of a failure of an inner one."""
+
+_OUR_OWN = "gpa_codecs.errors.BackendError: "
 
 
 class Workspace:
@@ -47,8 +53,10 @@ class Workspace:
     @contextmanager
     def launching(self) -> Iterator[None]:
         """Python's own multiprocessing starts its processes through the launcher meanwhile."""
-        # The tracker of shared memory serves the whole program, so it must not be tied to one engine.
-        multiprocessing.resource_tracker.ensure_running()
+        # The tracker of shared memory serves the whole program, so it must not be tied to one engine. It cleans up
+        # behind processes that were killed, and would complain of that on standard error.
+        with environment({"PYTHONWARNINGS": "ignore:resource_tracker:UserWarning"}):
+            multiprocessing.resource_tracker.ensure_running()
         before = multiprocessing.spawn.get_executable()
         multiprocessing.spawn.set_executable(str(self._launcher))
         try:
@@ -74,7 +82,7 @@ def explain(printed: str) -> str:
     """The last different lines that name an error, the innermost process's cause rather than what is said of it."""
     lines = (_LOG_PREFIX.sub("", line).strip()[:LONGEST_LINE] for line in printed.splitlines())
     errors = [line for line in lines if _ERROR.match(line)]
-    telling = [line for line in errors if not line.startswith(_OF_NO_USE)]
+    telling = [line.removeprefix(_OUR_OWN) for line in errors if not line.startswith(_OF_NO_USE)]
     return " | ".join([*dict.fromkeys((telling or errors)[::-1])][:LAST_LINES][::-1])
 
 
