@@ -18,17 +18,16 @@ from gpa_engines.engine import Engine
 class Backend:
     """One engine adapter.
 
-    module: where its `create_engine(model_dir, **options)` lives; None while the adapter is not part of this version.
-    packages: import names that it needs. extra: the installation extra that brings them. own_format: it checks the
-    files that it loads itself, since they need not be those of the released checkpoint. instead: how to install it on
-    a machine that the extra is not for.
+    module: where its `create_engine(model_dir, **options)` lives. packages: import names that it needs. extra: the
+    installation extra that brings them. own_format: it checks the files that it loads itself, since they need not be
+    those of the released checkpoint. instead: how to install it on a machine that the extra is not for.
     """
 
     name: str
     runs_on: str
-    module: str | None = None
-    packages: tuple[str, ...] = ()
-    extra: str = ""
+    module: str
+    packages: tuple[str, ...]
+    extra: str
     own_format: bool = False
     instead: str = ""
 
@@ -38,7 +37,7 @@ class BackendStatus:
     """Whether a backend can be used here. remedy: the command that installs what is missing, or ""."""
 
     backend: Backend
-    state: Literal["ready", "missing", "planned"]
+    state: Literal["ready", "missing"]
     detail: str
     remedy: str = ""
 
@@ -70,8 +69,6 @@ BACKENDS = {
 
 def backend_status(backend: Backend) -> BackendStatus:
     """State of one backend on this machine; looks for packages without importing them."""
-    if backend.module is None:
-        return BackendStatus(backend, "planned", "not part of this version")
     missing = [package for package in backend.packages if find_spec(package) is None]
     if missing:
         remedy = f"pip install 'gpa-engines[{backend.extra}]'"
@@ -92,9 +89,6 @@ def require_backend(name: str) -> Backend:
         known = ", ".join(each.name for each in BACKENDS.values())
         raise BackendError(f"unknown backend {name!r}; known backends: {known}")
     status = backend_status(backend)
-    if status.state == "planned":
-        usable = ", ".join(each.name for each in BACKENDS.values() if each.module)
-        raise BackendError(f"backend {name!r} is not part of this version of gpa-engines; available: {usable}")
     if status.state == "missing":
         raise BackendError(f"backend {name!r} {status.detail}: {status.remedy}")
     return backend
@@ -120,7 +114,6 @@ def create_engine(name: str, model_dir: str | Path, **options: Any) -> Engine:
 
 
 def _factory(backend: Backend) -> Callable[..., Engine]:
-    assert backend.module is not None
     return import_module(backend.module).create_engine
 
 

@@ -143,8 +143,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def unavailable(hardware: Hardware) -> str:
     """Why the hardware cannot be tested here, or ""."""
     status = backend_status(BACKENDS[hardware.backend])
-    if status.state == "planned":
-        return f"backend {hardware.backend!r} is {status.detail}"
     if status.state == "missing":
         return f"backend {hardware.backend!r} {status.detail}: {status.remedy}"
     if hardware.device == "cuda" and not import_module("torch").cuda.is_available():

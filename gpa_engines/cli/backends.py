@@ -9,7 +9,7 @@ from rich.text import Text
 from gpa_engines.cli.output import print_json
 from gpa_engines.registry import BackendStatus, list_backends
 
-STYLES = {"ready": "green", "missing": "yellow", "planned": "dim"}
+STYLES = {"ready": "green", "missing": "yellow"}
 
 PIPE_WIDTH = 200
 """Columns where there is no terminal, so that no command line is broken in two."""

@@ -259,7 +259,7 @@ REFUSED = {
     "no model": (TEXT[:2] + TEXT[4:], "no model: give --model"),
     "no such model": (("--task", "text", "--model", "./nowhere", "--prompt", "x"), "nowhere"),
     "unknown backend": ((*TEXT, "--backend", "tpu"), "unknown backend 'tpu'"),
-    "planned backend": ((*TEXT, "--backend", "vllm"), "backend 'vllm' is not part of this version"),
+    "missing backend": ((*TEXT, "--backend", "ascend"), "backend 'ascend' needs torch_npu: pip install"),
     "temperature": ((*TEXT, "--temperature", "-1"), "temperature is -1.0; expected"),
     "max new tokens": ((*TEXT, "--max-new-tokens", "0"), "max_new_tokens is 0; expected"),
     "min new tokens": ((*TEXT, "--min-new-tokens", "200"), "min_new_tokens is 200; expected 0 to max_new_tokens (128)"),

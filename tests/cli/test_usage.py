@@ -38,7 +38,7 @@ REFUSED = {
     "reference transcript": ((*TTS, "--ref_transcript", "x"), "--ref_transcript is not supported"),
     "automatic transcript": ((*TTS, "--auto_ref_transcript"), "--auto_ref_transcript is not supported"),
     "unknown backend": ((*STT, "--backend", "tpu"), "unknown backend 'tpu'; known backends: torch"),
-    "planned backend": ((*STT, "--backend", "vllm"), "backend 'vllm' is not part of this version"),
+    "missing backend": ((*STT, "--backend", "ascend"), "backend 'ascend' needs torch_npu: pip install"),
     "temperature": ((*TTS, "--temperature", "-1"), "temperature is -1.0; expected"),
     "top_p": ((*TTS, "--top-p", "0"), "top_p is 0.0; expected"),
     "min_p": ((*TTS, "--min-p", "1"), "min_p is 1.0; expected"),

@@ -129,7 +129,7 @@ def test_a_task_that_fails_leaves_the_others_running(
         (["--prefill", "0"], "prefill is 0"),
         (["--baseline", "nowhere"], "baseline.json is missing"),
         (["--output", "no/such/folder/eval.json"], "--output no/such/folder/eval.json: "),
-        (["--backend", "sglang"], "backend 'sglang' is not part of this version"),
+        (["--backend", "ascend"], "backend 'ascend' needs torch_npu: pip install"),
     ],
 )
 def test_bad_input_exits_with_2_and_writes_nothing(
