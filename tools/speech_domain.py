@@ -68,15 +68,14 @@ def write_digit_domain(
     voices: Sequence[SynthesizedVoice] = VOICES,
     unseen: Sequence[SynthesizedVoice] = (),
 ) -> SpeechDomain:
-    """The domain of a checkpoint of spoken digits: `utterances` held-out strings, the voices in turn.
+    """The domain of a checkpoint of spoken digits: `utterances` held-out strings, every voice with every length.
 
-    speak: is given a voice's name. unseen: voices that it was not trained on; they speak a quarter as many strings more.
+    speak: is given a voice's name. unseen: voices that it was not trained on, with a quarter as many strings more.
     """
     texts = held_out_texts()
-    plans = [VoicePlan(voice.name, voice.f0, voice in voices, REFERENCE_TEXT) for voice in (*voices, *unseen)]
-    pairs = [(next(texts), voice.name) for voice, _ in zip(itertools.cycle(voices), range(utterances), strict=False)]
+    plans = [VoicePlan(each.name, each.f0, each in voices, REFERENCE_TEXT) for each in (*voices, *unseen)]
     more = utterances // 4 if unseen else 0
-    pairs += [(next(texts), voice.name) for voice, _ in zip(itertools.cycle(unseen), range(more), strict=False)]
+    pairs = [(next(texts), name) for name in (*_in_turn(voices, utterances), *_in_turn(unseen, more))]
     return write_speech_domain(
         checkpoint,
         speak,
@@ -88,6 +87,11 @@ def write_digit_domain(
         voices=plans,
         utterances=pairs,
     )
+
+
+def _in_turn(voices: Sequence[SynthesizedVoice], count: int) -> list[str]:
+    """Names, each round one step on, so that a voice does not always meet the same length of string."""
+    return [voices[(number + number // len(voices)) % len(voices)].name for number in range(count)]
 
 
 def is_held_out(text: str) -> bool:
