@@ -190,6 +190,11 @@ class Session:
             self._codec = self.setup.make_codec()
         return self._codec
 
+    @property
+    def speech(self) -> SpeechMaterial | None:
+        """What the family "speech" has worked with; None where none of its cases ran."""
+        return self._speech
+
     def _get_speech(self) -> SpeechMaterial | None:
         """What the cases of the family share, for the whole run."""
         setup = self.setup

@@ -46,18 +46,20 @@ async def run(context: Context, case: Case) -> CaseResult:
 
 
 async def _transcribe(context: Context, case: Case, material: SpeechMaterial, found: Findings) -> None:
-    given = await _ask(context, case, material, found, case.spec["concurrency"])
+    given = await _ask(context, case, material, case.spec["concurrency"])
     verdict = Verdict(context, case, material, found)
     texts = [material.words(each.ids) for each in given]
     natural = [await asyncio.to_thread(material.natural, item) for item in material.items]
     verdict.transcribed(texts, _recognised(material, natural))
     recorded = _recorded(context, case, material)
-    verdict.like_baseline(given, recorded, texts, [ids and material.words(ids) for ids in recorded])
+    theirs = [None if ids is None else material.words(ids) for ids in recorded]
+    verdict.like_baseline(given, recorded, texts, theirs)
     verdict.close({"": texts})
+    found.count("stream_faults", faults(given))
 
 
 async def _speak(context: Context, case: Case, material: SpeechMaterial, found: Findings) -> None:
-    given = await _ask(context, case, material, found, case.spec["concurrency"])
+    given = await _ask(context, case, material, case.spec["concurrency"])
     verdict = Verdict(context, case, material, found)
     spoken = await _decoded(case, material, [each.ids for each in given])
     natural = [await asyncio.to_thread(material.natural, item) for item in material.items]
@@ -80,30 +82,30 @@ async def _speak(context: Context, case: Case, material: SpeechMaterial, found: 
         verdict.like_baseline(given, recorded, own if recognised is None else recognised, heard)
     listeners = {"itself": own} if recognised is None else {"recogniser": recognised, "itself": own}
     verdict.close(listeners, spoken)
+    found.count("stream_faults", faults(given))
 
 
 async def _concurrent(context: Context, case: Case, material: SpeechMaterial, found: Findings) -> None:
     """Each greedy answer among `concurrency` requests is the one given alone."""
     complaints: list[str] = []
-    compared = 0
+    given: list[Answer] = []
     for name in case.spec["greedy"]:
         asked = context.cases[name]
-        alone = await _ask(context, asked, material, found, 1)
-        together = await _ask(context, asked, material, found, case.spec["concurrency"])
+        alone = await _ask(context, asked, material, 1)
+        together = await _ask(context, asked, material, case.spec["concurrency"])
+        given += [*alone, *together]
         for item, one, many in zip(material.items, alone, together, strict=True):
-            compared += 1
             if one.ids != many.ids:
                 difference = describe_difference(many.ids, one.ids)
                 complaints.append(f"{asked.spec['task']} of {item.utterance.text!r}: {difference}, as alone")
     if "batch" not in context.engine.info.capabilities:
         found.note("no batch: the engine runs concurrent requests one after the other")
-    found.metrics["answers"] = float(compared)
+    found.metrics["answers"] = len(given) / 2
     found.count("differing_answers", complaints)
+    found.count("stream_faults", faults(given))
 
 
-async def _ask(
-    context: Context, case: Case, material: SpeechMaterial, found: Findings, concurrency: int
-) -> list[Answer]:
+async def _ask(context: Context, case: Case, material: SpeechMaterial, concurrency: int) -> list[Answer]:
     """The answers to all items; greedy ones are asked for once in a run."""
     sampled = bool(case.spec["sampling"].get("temperature"))
     key = (case.id, concurrency)
@@ -116,9 +118,7 @@ async def _ask(
             ]
         fit = [fitting(context, each) for each in wanted]
         material.answers[key] = await answers(context.engine, fit, concurrency)
-    given = material.answers[key]
-    found.count(f"stream faults of {case.spec['task']} at {concurrency}", faults(given))
-    return given
+    return material.answers[key]
 
 
 async def _decoded(case: Case, material: SpeechMaterial, given: Sequence[Sequence[int] | None]) -> list[Spoken | None]:

@@ -200,6 +200,7 @@ def identity(report: RunReport) -> list[tuple[str, str]]:
         ("capabilities", ", ".join(sorted(map(str, capabilities)))),
         ("options", ", ".join(f"{key}={value}" for key, value in options.items()) or "none"),
         ("model", str(report.model.get("name", "?"))),
+        ("speech", str(report.model.get("speech", ""))),
         ("baseline", f"{report.baseline.get('path', 'none')}, by {report.baseline.get('made_by', '?')}"),
         ("started", f"{report.started}, took {duration(report.seconds)}"),
     ]

@@ -34,8 +34,8 @@ from gpa_conformance.results import CaseResult, RunReport
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """names: one per run, unique. families, cases: rows in the order in which they first ran. spoken: case and name of the
-    figures of the family "speech". warnings: in words."""
+    """names: one per run, unique. families, cases: rows in the order in which they first ran. spoken: case and
+    name of the figures of the family "speech". warnings: in words."""
 
     reports: tuple[RunReport, ...]
     names: tuple[str, ...]

@@ -13,8 +13,8 @@ from gpa_conformance.results import RunReport
 TITLE = "speech, in words, pitch and seconds"
 COLUMNS = ("case", "figure", "engine (95 % interval)", "recordings", "of")
 NOTE = (
-    "A word is wrong that is replaced, left out or put in. Intervals are bootstrapped over utterances, those of shares of "
-    "utterances exact. The recordings' figures are those of the same listener on the natural audio."
+    "A word is wrong that is replaced, left out or put in. Intervals are bootstrapped over utterances, those of shares "
+    "of utterances exact. The recordings' figures are those of the same listener on the natural audio."
 )
 
 _COLUMN_WORDS = {"f0": "pitch, Hz", "f0_of_voice": "of the voice, Hz", "utterances": "utterances", "trained": ""}
