@@ -297,6 +297,24 @@ def test_a_baseline_without_the_utterances_is_no_obstacle(studio: Studio, text_b
     assert "the baseline has no answers of these utterances" in result(report, "speech/stt").reason
 
 
+def test_a_random_checkpoint_is_no_speaker(studio: Studio, tmp_path: Path) -> None:
+    """By the command line, with the checkpoint's own engine in a process of its own, and its codec in torch."""
+    pytest.importorskip("torch")
+    command = [sys.executable, "-m", "gpa_conformance.cli", "run", "--model", str(studio.checkpoint.root)]
+    command += ["--backend", "torch", "--dtype", "float32", "--threads", "1", "--cases", "speech/stt,speech/vc"]
+    command += ["--utterances", "2", "--json", str(tmp_path / "report.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    report = RunReport.from_json(tmp_path / "report.json")
+    assert failed(report).keys() == {"speech/stt", "speech/vc"}
+    assert "stt_wer_low" in failed(report)["speech/stt"]
+    assert failed(report)["speech/vc"] & {"f0_share_high", "duration_off"}
+    assert figures(report, "speech/vc")["answers equal to the baseline's"]["value"] == 1
+    assert "the checkpoint cannot do it, not the engine" in result(report, "speech/stt").reason
+    assert "words wrong" in done.stdout
+    assert "3 of 10 held-out utterances" in done.stdout
+
+
 def test_without_a_domain_every_case_is_skipped(studio: Studio) -> None:
     report = studio.run("WordEngine", domain=None)
     assert {case.status for case in report.cases} == {"skipped"}
