@@ -174,6 +174,16 @@ class Stutterer(WordEngine):
         return words if task == "stt" else words * 2
 
 
+class Stumbler(WordEngine):
+    """Breaks once, while it listens to the recordings, and is right before and after."""
+
+    def change(self, task: str, words: list[str], request: GenerationRequest) -> list[str]:
+        if self.answered == 25:
+            self.answered += 1
+            raise RuntimeError("stumbled")
+        return words
+
+
 class Foreigner(WordEngine):
     """Cannot restrict its answers, and speaks in text."""
 

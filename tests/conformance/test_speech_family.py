@@ -225,6 +225,15 @@ def test_answers_that_depend_on_the_neighbours_are_caught(studio: Studio) -> Non
 
 
 @pytest.mark.usefixtures("without_recogniser")
+def test_what_an_engine_did_not_answer_is_asked_again(studio: Studio) -> None:
+    report = studio.run("Stumbler", "speech/tts,speech/vc")
+    assert result(report, "speech/tts").status == "error"
+    assert "stumbled" in result(report, "speech/tts").reason
+    heard = figures(report, "speech/vc")["words wrong, by the engine itself"]
+    assert (heard["value"], heard["natural"]) == (0, 0)
+
+
+@pytest.mark.usefixtures("without_recogniser")
 def test_silence_counts_every_word_as_wrong(studio: Studio) -> None:
     report = studio.run("Silent", "speech/tts")
     found = result(report, "speech/tts")

@@ -137,10 +137,13 @@ async def _hear_itself(
     length = material.new_tokens("stt")[0]
     prompts: dict[Spoken, Prompt] = {}
     for each in audio:
-        if each is not None and each not in material.transcripts:
+        if each is None or each in material.transcripts or each in prompts:
+            continue
+        prompt = await asyncio.to_thread(material.transcribe_prompt, each.pcm)
+        if prompt is None:
             material.transcripts[each] = ()
-            if (prompt := await asyncio.to_thread(material.transcribe_prompt, each.pcm)) is not None:
-                prompts[each] = prompt
+        else:
+            prompts[each] = prompt
     wanted = [fitting(context, request(prompt, length, stop=True)) for prompt in prompts.values()]
     given = await answers(context.engine, wanted, case.spec["concurrency"])
     for each, text in zip(prompts, given, strict=True):
