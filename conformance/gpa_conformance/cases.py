@@ -28,7 +28,7 @@ from gpa_engines.examples import example_clip
 
 _DATA = Path(__file__).parent / "cases"
 
-FAMILIES = ("logits", "cache", "batch", "generate", "contract", "sampling", "long", "codec")
+FAMILIES = ("logits", "cache", "batch", "generate", "contract", "sampling", "long", "speech", "codec")
 """Every family, in the order in which they run: the codec last, for which the engine leaves the memory."""
 
 

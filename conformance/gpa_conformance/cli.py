@@ -24,6 +24,7 @@ from gpa_conformance.preparation import (
     baseline_folder,
     check_outputs,
     check_reference,
+    check_utterances,
     find_codec,
     make_baseline,
     open_checkpoint,
@@ -32,8 +33,10 @@ from gpa_conformance.progress import RunProgress
 from gpa_conformance.results import RunReport
 from gpa_conformance.runner import run_cases
 from gpa_conformance.session import Setup
+from gpa_conformance.speech.material import UTTERANCES
 from gpa_conformance.target import make_target
 from gpa_engines.checkpoint import Checkpoint
+from gpa_engines.checkpoint.speech_domain import find_speech_domain
 from gpa_engines.engine_options import parse_options
 
 FAILED, MISUSE, INTERRUPTED = 1, 2, 130
@@ -54,6 +57,7 @@ _Model = Annotated[str, typer.Option(metavar="DIR", help="Checkpoint folder, hub
 _Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks of errors.")]
 _Cases = Annotated[str | None, typer.Option(metavar="A,B", help="Families or case ids, e.g. logits,contract/stop.")]
 _Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads (as the backend chooses).")]
+_Utterances = Annotated[int, typer.Option(metavar="N", help="Held-out recordings that the family speech takes.")]
 _Markdown = Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write it for a pull request.")]
 _Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as one page with plots.")]
 
@@ -94,6 +98,7 @@ def run(
         float | None, typer.Option(metavar="SECONDS", help="Time limit of every case (by family: 5 to 15 minutes).")
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Added to the seeds of sampled cases.")] = 0,
+    utterances: _Utterances = UTTERANCES,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything found.")] = None,
     markdown: _Markdown = None,
     html: _Html = None,
@@ -103,6 +108,7 @@ def run(
     check_outputs({"--json": json_file, "--markdown": markdown, "--html": html})
     if case_timeout is not None and not case_timeout > 0:
         raise GpaError(f"--case-timeout is {case_timeout:g}; expected seconds above 0")
+    check_utterances("--utterances", utterances)
     packaged = load_cases()
     chosen = select(packaged, cases)
     known = {} if known_failures is None else read_known_failures(known_failures, {case.id for case in packaged})
@@ -114,11 +120,14 @@ def run(
     options = {name: value for name, value in named.items() if value is not None}
     target = make_target(checkpoint.root, backend=backend, engine=engine, options=options | parse_options(option))
     make_codec, no_codec = find_codec(checkpoint, problem, codec)
+    domain = find_speech_domain(checkpoint.root)
 
     async def carry_out(folder: Path, progress: RunProgress) -> RunReport:
         setup = Setup(
             target=target,
-            baseline=await _baseline(checkpoint, problem, folder, baseline is None, chosen, threads, progress),
+            baseline=await _baseline(
+                checkpoint, problem, folder, baseline is None, chosen, threads, utterances, progress
+            ),
             limits=limit_sets,
             cases={case.id: case for case in packaged},
             space=checkpoint.token_space(),
@@ -129,6 +138,8 @@ def run(
             case_timeout=case_timeout,
             known=known,
             seed=seed,
+            domain=domain,
+            utterances=utterances,
         )
         return await run_cases(setup, checkpoint, chosen, command=_command(), progress=progress.case)
 
@@ -144,16 +155,26 @@ def make_baseline_folder(
     cases: _Cases = None,
     threads: _Threads = None,
     codec: Annotated[bool, typer.Option(help="Record the codec, and the cases whose prompts need it.")] = True,
+    utterances: _Utterances = UTTERANCES,
     verbose: _Verbose = False,
 ) -> int:
     """Record the answers of the reference: torch, CPU, float32."""
     check_reference("making a baseline")
+    check_utterances("--utterances", utterances)
     chosen = select(load_cases(), cases)
     checkpoint, problem = open_checkpoint(model)
     open_codec, reason = find_codec(checkpoint, problem, None) if codec else (None, "--no-codec")
     with RunProgress() as progress:
         done = asyncio.run(
-            make_baseline(checkpoint, out, open_codec, chosen, threads=threads, progress=progress.baseline)
+            make_baseline(
+                checkpoint,
+                out,
+                open_codec,
+                chosen,
+                threads=threads,
+                progress=progress.baseline,
+                utterances=utterances,
+            )
         )
     recorded, omitted = done.document["cases"], done.document["omitted"]
     console = _stdout()
@@ -232,6 +253,7 @@ async def _baseline(
     make: bool,
     cases: Sequence[Case],
     threads: int | None,
+    utterances: int,
     progress: RunProgress,
 ) -> Baseline:
     """The given baseline, or one that is made of the chosen cases."""
@@ -240,7 +262,15 @@ async def _baseline(
         baseline.check_model(checkpoint)
         return baseline
     open_codec, _ = find_codec(checkpoint, problem, None)
-    return await make_baseline(checkpoint, folder, open_codec, cases, threads=threads, progress=progress.baseline)
+    return await make_baseline(
+        checkpoint,
+        folder,
+        open_codec,
+        cases,
+        threads=threads,
+        progress=progress.baseline,
+        utterances=utterances,
+    )
 
 
 def _publish(report: RunReport, json_file: Path | None, markdown: Path | None, html: Path | None) -> int:

@@ -16,6 +16,7 @@ from gpa_conformance.coverage import covered_ids
 from gpa_conformance.limits import DtypeLimits, Limits
 from gpa_conformance.prompts import Prompt
 from gpa_conformance.rows import checked_logits, rows_at
+from gpa_conformance.speech.material import SpeechMaterial
 from gpa_engines.engine import Capability, Engine
 
 
@@ -29,7 +30,8 @@ class Context:
 
     limits: of the engine's dtype; all_limits: those of codec, sampling and the Ascend report too. space: None without
     a tokenizer. make_codec: a fresh codec; None where there is none, `no_codec` says why. cases: all of the package by
-    id. seed: added to the seeds of sampled cases; 0 repeats the recorded run.
+    id. seed: added to the seeds of sampled cases; 0 repeats the recorded run. speech: what the family "speech" shares;
+    None for a checkpoint that says nothing of what it can speak.
     """
 
     engine: Engine
@@ -41,6 +43,7 @@ class Context:
     make_codec: Callable[[], SpeechCodec] | None = None
     no_codec: str = "there is no codec"
     seed: int = 0
+    speech: SpeechMaterial | None = None
     options: Mapping[str, object] = field(default_factory=dict)
 
     def need(self, capability: Capability) -> None:

@@ -58,13 +58,15 @@ class DtypeLimits:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """All sets of one file. dtypes: by name. ascend: the Ascend report's four. codec, sampling: of those families."""
+    """All sets of one file. dtypes: by name. ascend: the Ascend report's four. codec, sampling, speech: of those
+    families."""
 
     dtypes: Mapping[str, DtypeLimits]
     aliases: Mapping[str, str]
     ascend: DtypeLimits
     codec: DtypeLimits
     sampling: DtypeLimits
+    speech: DtypeLimits
     source: str
 
     def for_dtype(self, dtype: str) -> DtypeLimits:
@@ -89,10 +91,16 @@ METRICS = frozenset(
         *("kl_mean", "kl_p99", "kl_max", "kl_allowed_mean", "kl_allowed_p99", "kl_allowed_max"),
         *("regret_max", "regret_allowed_max", "delta_logp_max", "scale_error_max", "offset_max"),
         *("semantic_agreement", "voice_agreement", "glm_agreement", "snr_db", "log_mel", "stream_error"),
-        *("significance",),
+        *("significance", "wer_room"),
+        *("stt_wer_low", "recogniser_wer_excess_low", "own_wer_excess_low", "baseline_wer_excess_low"),
+        *("f0_share_high", "duration_off"),
     )
 )
-"""What a set may limit: partings of answers, `gpa_conformance.metrics`, then the codec and sampling families'."""
+"""What a set may limit: partings of answers, `gpa_conformance.metrics`, then the families codec, sampling, speech."""
+
+
+_FAMILIES = ("ascend", "codec", "sampling", "speech")
+"""Sets beside those of the dtypes."""
 
 
 def load_limits(path: str | Path | None = None) -> Limits:
@@ -105,7 +113,7 @@ def load_limits(path: str | Path | None = None) -> Limits:
         raise GpaError(f"{source}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeError) as error:
         raise GpaError(f"{source} is not YAML: {error}") from error
-    top = _mapping(document, source, required=("schema", "dtypes", "aliases", "ascend", "codec", "sampling"))
+    top = _mapping(document, source, required=("schema", "dtypes", "aliases", *_FAMILIES))
     if top["schema"] != SCHEMA:
         raise GpaError(f"{source}: schema is {top['schema']!r}; this program reads {SCHEMA!r}")
     dtypes = {
@@ -118,7 +126,7 @@ def load_limits(path: str | Path | None = None) -> Limits:
             raise GpaError(
                 f"{source}: aliases.{alias} is {name!r}; expected another name of one of {', '.join(dtypes)}"
             )
-    others = {name: _limit_set(name, top[name], f"{source}: {name}") for name in ("ascend", "codec", "sampling")}
+    others = {name: _limit_set(name, top[name], f"{source}: {name}") for name in _FAMILIES}
     return Limits(dtypes, aliases, **others, source=source)
 
 

@@ -119,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="tiny-random", help="checkpoint folder, hub id, or tiny-random")
     parser.add_argument("--baseline", metavar="DIR", help="made in --out where it is not given")
     parser.add_argument("--cases", metavar="A,B", help="families or case ids")
+    parser.add_argument("--utterances", metavar="N", help="held-out recordings that the family speech takes")
     parser.add_argument("--known-failures", metavar="FILE", help="a case id and a reason per line")
     given = parser.parse_args(arguments)
     if given.hardware == REFERENCE:
@@ -186,7 +187,12 @@ def _prepare_reference(given: argparse.Namespace) -> int:
 
 def _run_all(hardware: Hardware, given: argparse.Namespace, baseline: str) -> int:
     worst, reports = 0, []
-    common = _options(cases=given.cases, known_failures=given.known_failures, device=_device(hardware))
+    common = _options(
+        cases=given.cases,
+        utterances=given.utterances,
+        known_failures=given.known_failures,
+        device=_device(hardware),
+    )
     for variant in hardware.variants or (Variant("", ""),):
         if reason := unsupported(hardware, variant):
             print(f"{variant.name} skipped: {reason}")
@@ -216,7 +222,9 @@ def _baseline(given: argparse.Namespace) -> tuple[int, str]:
     baseline = given.baseline or str(given.out / "baseline")
     if given.baseline is not None or Path(baseline).exists():
         return 0, baseline
-    return _conformance("baseline", "--model", given.model, "--out", baseline, *_options(cases=given.cases)), baseline
+    return _conformance(
+        "baseline", "--model", given.model, "--out", baseline, *_options(cases=given.cases, utterances=given.utterances)
+    ), baseline
 
 
 def linked_model(model: str, folder: Path, leave_out: Sequence[str] = CONVERTED) -> Path:

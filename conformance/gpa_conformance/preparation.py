@@ -13,6 +13,7 @@ from gpa_codecs.errors import BackendError, CheckpointError, GpaError
 from gpa_conformance.baseline import Baseline, write_baseline
 from gpa_conformance.baseline.writing import Progress
 from gpa_conformance.cases import Case
+from gpa_conformance.speech.material import UTTERANCES
 from gpa_conformance.target import load_attribute, split_path
 from gpa_engines.checkpoint import Checkpoint
 from gpa_engines.engine import Engine
@@ -111,17 +112,27 @@ async def make_baseline(
     *,
     threads: int | None = None,
     progress: Progress | None = None,
+    utterances: int = UTTERANCES,
 ) -> Baseline:
-    """Record the answers of the reference engine. Raises GpaError."""
+    """Record the answers of the reference engine. utterances: as in `write_baseline`. Raises GpaError."""
 
     def open_engine(folder: Path) -> Engine:
         return create_engine(REFERENCE, folder, device="cpu", dtype="float32", threads=threads)
 
     engine = open_engine(checkpoint.root)
     try:
-        return await write_baseline(checkpoint, out, engine, open_codec, cases, progress, open_engine)
+        return await write_baseline(
+            checkpoint, out, engine, open_codec, cases, progress, open_engine, utterances=utterances
+        )
     finally:
         await engine.close()
+
+
+def check_utterances(option: str, utterances: int) -> int:
+    """The number of held-out utterances that was asked for. Raises GpaError for less than one."""
+    if utterances < 1:
+        raise GpaError(f"{option} is {utterances}; expected 1 or more")
+    return utterances
 
 
 def check_outputs(outputs: dict[str, Path | None]) -> None:

@@ -46,12 +46,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, (metavar, words) in OPTIONS.items():
         group.addoption(f"--gpa-{name}", metavar=metavar, default=None, help=words)
     group.addoption("--gpa-option", metavar="KEY=VALUE", action="append", default=[], help="another option; repeat")
+    group.addoption("--gpa-utterances", metavar="N", type=int, default=None, help="held-out recordings for speech")
     group.addoption("--gpa-case-timeout", metavar="SECONDS", type=float, default=None, help="time limit of every case")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    given = [name for name in (*OPTIONS, "option", "case-timeout") if _option(config, name) not in (None, [])]
+    given = [
+        name for name in (*OPTIONS, "option", "case-timeout", "utterances") if _option(config, name) not in (None, [])
+    ]
     if not given:
         return
     if not {"backend", "engine"} & set(given):
@@ -161,6 +164,7 @@ class Suite(NamedTuple):
     limits_as: str | None
     case_timeout: float | None
     given_baseline: Path | None
+    utterances: int
 
     async def baseline(self, folder: Path) -> Baseline:
         """The given baseline, or one of the chosen cases that is made in `folder`."""
@@ -169,7 +173,7 @@ class Suite(NamedTuple):
 
         if self.given_baseline is None:
             open_codec, _ = find_codec(self.checkpoint, self.problem, None)
-            return await make_baseline(self.checkpoint, folder, open_codec, self.cases)
+            return await make_baseline(self.checkpoint, folder, open_codec, self.cases, utterances=self.utterances)
         baseline = Baseline.open(folder)
         baseline.check_model(self.checkpoint)
         return baseline
@@ -177,6 +181,7 @@ class Suite(NamedTuple):
     def setup(self, baseline: Baseline) -> Any:
         from gpa_conformance.preparation import find_codec
         from gpa_conformance.session import Setup
+        from gpa_engines.checkpoint.speech_domain import find_speech_domain
 
         make_codec, no_codec = find_codec(self.checkpoint, self.problem, None)
         return Setup(
@@ -189,6 +194,8 @@ class Suite(NamedTuple):
             no_codec=no_codec,
             limits_as=self.limits_as,
             case_timeout=self.case_timeout,
+            domain=find_speech_domain(self.checkpoint.root),
+            utterances=self.utterances,
         )
 
 
@@ -198,11 +205,13 @@ def _prepare(config: pytest.Config) -> Suite:
     from gpa_conformance.cases import load_cases, select
     from gpa_conformance.known_failures import read_known_failures
     from gpa_conformance.limits import load_limits
-    from gpa_conformance.preparation import check_reference, open_checkpoint
+    from gpa_conformance.preparation import check_reference, check_utterances, open_checkpoint
+    from gpa_conformance.speech.material import UTTERANCES
     from gpa_conformance.target import make_target
     from gpa_engines.engine_options import parse_options
 
     model, baseline, timeout = (_option(config, name) for name in ("model", "baseline", "case-timeout"))
+    utterances = _option(config, "utterances")
     if model is None:
         raise GpaError("--gpa-model is missing: a checkpoint folder, a hub id, or tiny-random")
     if timeout is not None and not timeout > 0:
@@ -235,6 +244,7 @@ def _prepare(config: pytest.Config) -> Suite:
         limits_as,
         timeout,
         Path(baseline) if baseline is not None else None,
+        UTTERANCES if utterances is None else check_utterances("--gpa-utterances", utterances),
     )
 
 

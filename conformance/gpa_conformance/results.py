@@ -113,7 +113,8 @@ class RunReport:
     """One run of the suite on one engine, with everything that is needed to repeat it.
 
     engine: the fields of EngineInfo and the options it was created with. target: "backend torch", "engine pkg:factory".
-    model: name, files (name -> sha256), vocab_size. baseline: path, made_by, model files, versions. started: ISO 8601.
+    model: name, files (name -> sha256), vocab_size; speech: what that family was judged by. baseline: path, made_by,
+    model files, versions. started: ISO 8601.
     digests: sha256 of the definition of every case that was asked for, by its id.
     """
 

@@ -46,6 +46,7 @@ async def run_cases(
                 "name": checkpoint.root.resolve().name,
                 "vocab_size": checkpoint.config.vocab_size,
                 "files": checkpoint.fingerprint(),
+                **_speech_facts(session, cases),
             },
             baseline=_baseline_facts(setup),
             versions={"python": facts.pop("python"), **facts.pop("packages")},
@@ -70,6 +71,17 @@ def _engine_facts(session: Session) -> dict[str, Any]:
         "isolated": session.setup.isolate,
         "limits": session.limits.name,
     }
+
+
+def _speech_facts(session: Session, cases: Sequence[Case]) -> dict[str, str]:
+    """What the family "speech" was judged by, in words, if it ran."""
+    if session.speech is None or not any(case.family == "speech" for case in cases):
+        return {}
+    domain, items = session.speech.domain, session.speech.items
+    recogniser, reason = session.speech.recogniser
+    listener = recogniser.name if recogniser is not None else reason
+    of = f"{len(items)} of {len(domain.utterances)} held-out utterances"
+    return {"speech": f"{of}, {len(domain.words)} words of {domain.language!r}; {listener}"}
 
 
 def _baseline_facts(setup: Setup) -> dict[str, Any]:

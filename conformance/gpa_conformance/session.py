@@ -24,7 +24,9 @@ from gpa_conformance.isolation import ChildEngine, EngineDied
 from gpa_conformance.known_failures import apply_known_failures
 from gpa_conformance.limits import DtypeLimits, Limits
 from gpa_conformance.results import CaseResult, Status
+from gpa_conformance.speech.material import NO_DOMAIN, UTTERANCES, SpeechMaterial
 from gpa_conformance.target import Target
+from gpa_engines.checkpoint.speech_domain import SpeechDomain
 from gpa_engines.engine import Engine, EngineInfo, GenerationRequest, TokenDelta
 
 MOST_RESTARTS = 3
@@ -37,10 +39,12 @@ TIME_LIMITS: Mapping[str, float] = {
     "generate": 300,
     "contract": 600,
     "sampling": 600,
-    "codec": 600,
     "long": 900,
+    "speech": 1800,
+    "codec": 600,
 }
-"""Seconds that a case of a family may take: some ten times what the slowest known engine needs on two cores."""
+"""Seconds that a case of a family may take: some ten times what the slowest known engine needs on two cores. Those of
+"speech" are for the default number of utterances."""
 
 LOAD_LIMIT = 900.0
 CLOSE_LIMIT = 20.0
@@ -52,7 +56,8 @@ class Setup:
     """What a session works with.
 
     limits_as: dtype whose limits are used instead of the engine's own. case_timeout: seconds for every case, instead of
-    `TIME_LIMITS`. known: reason by case id. seed: added to the seeds of sampled cases.
+    `TIME_LIMITS`. known: reason by case id. seed: added to the seeds of sampled cases. domain: what the checkpoint says
+    that it can speak. utterances: how many of it the family "speech" takes.
     """
 
     target: Target
@@ -67,6 +72,8 @@ class Setup:
     case_timeout: float | None = None
     known: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
+    domain: SpeechDomain | None = None
+    utterances: int = UTTERANCES
 
 
 class Session:
@@ -81,6 +88,7 @@ class Session:
         self._info: EngineInfo | None = None
         self._limits: DtypeLimits | None = None
         self._codec: SpeechCodec | None = None
+        self._speech: SpeechMaterial | None = None
         self._broken: list[str] = []
 
     async def __aenter__(self) -> Session:
@@ -158,7 +166,10 @@ class Session:
             await self._end()
             engine: Engine = _EngineAway(self.info)
         else:
-            self._codec = None
+            if case.family != "speech":
+                self._codec = None
+            elif setup.domain is None:
+                raise Skip(NO_DOMAIN)
             engine = self._engine or await self._reopen()
         return Context(
             engine=engine,
@@ -170,6 +181,7 @@ class Session:
             make_codec=None if setup.make_codec is None else self._get_codec,
             no_codec=setup.no_codec,
             seed=setup.seed,
+            speech=self._get_speech() if case.family == "speech" else None,
         )
 
     def _get_codec(self) -> SpeechCodec:
@@ -177,6 +189,18 @@ class Session:
             assert self.setup.make_codec is not None
             self._codec = self.setup.make_codec()
         return self._codec
+
+    @property
+    def speech(self) -> SpeechMaterial | None:
+        """What the family "speech" has worked with; None where none of its cases ran."""
+        return self._speech
+
+    def _get_speech(self) -> SpeechMaterial | None:
+        """What the cases of the family share, for the whole run."""
+        setup = self.setup
+        if self._speech is None and setup.domain is not None and setup.space is not None:
+            self._speech = SpeechMaterial(setup.domain, setup.utterances, setup.space, self._get_codec)
+        return self._speech
 
     async def _reopen(self) -> Engine:
         if len(self._broken) >= MOST_RESTARTS:
@@ -208,7 +232,9 @@ class Session:
                     await engine.close()
 
     def _time_limit(self, case: Case) -> float:
-        return self.setup.case_timeout or TIME_LIMITS[case.family]
+        setup = self.setup
+        times = max(1.0, setup.utterances / UTTERANCES) if case.family == "speech" else 1.0
+        return setup.case_timeout or times * TIME_LIMITS[case.family]
 
 
 class _TimeUp(Exception):

@@ -1,4 +1,4 @@
-"""What counts and draws prove: bounds for a share, a test of draws against probabilities, corrections for many tests.
+"""What counts and draws prove: bounds for a share and a ratio, a test of draws against probabilities, corrections.
 
 The declared false-alarm rate of a family of tests is the probability that a healthy engine fails any of them. Holm's
 correction keeps it at or below its `rate` for any dependence between the tests; with the chi-square approximation at
@@ -16,6 +16,10 @@ from numpy.typing import NDArray
 
 MINIMUM_EXPECTED = 5.0
 """Draws that a bin must expect for the chi-square approximation (Cochran 1954)."""
+
+RESAMPLES = 4000
+TAIL = 0.025
+"""Of the bootstrap: draws, and what lies beyond each end of an interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,52 @@ def what_it_proves(successes: int, trials: int, confidence: float = 0.95, claim:
         f"{successes}/{trials} shows only > {_percent(bound, claim)} at {level}; "
         f"> {100 * claim:g}% needs {needed} positions without a miss"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A figure, and the ends of its interval at 95 % confidence."""
+
+    value: float
+    low: float
+    high: float
+
+
+def share(successes: int, trials: int) -> Interval:
+    """A share of independent trials with its exact interval; of no trials NaN."""
+    if trials == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    return Interval(successes / trials, *clopper_pearson(successes, trials))
+
+
+def bootstrap_ratio(
+    amounts: Sequence[float] | NDArray, sizes: Sequence[float] | NDArray, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """sum(amounts) / sum(sizes) of units that are drawn together, e.g. errors and words of utterances: float64[N] both.
+
+    The interval is that of the ratio over `resamples` draws of N units with replacement (Efron and Tibshirani 1993, the
+    percentile method), the same for the same seed; of no units NaN. For differences of two measurements of the same
+    units, amounts are the differences.
+    """
+    amounts, sizes = np.asarray(amounts, np.float64), np.asarray(sizes, np.float64)
+    if amounts.shape != sizes.shape or amounts.ndim != 1 or not (sizes > 0).all():
+        raise ValueError(f"amounts {amounts.shape} and sizes {sizes.shape} must be two equal rows, sizes above 0")
+    if not len(sizes):
+        return Interval(math.nan, math.nan, math.nan)
+    drawn = np.random.default_rng(seed).integers(len(sizes), size=(resamples, len(sizes)))
+    low, high = np.quantile(amounts[drawn].sum(axis=1) / sizes[drawn].sum(axis=1), [TAIL, 1 - TAIL])
+    return Interval(float(amounts.sum() / sizes.sum()), float(low), float(high))
+
+
+def error_rate(errors: Sequence[int], words: Sequence[int]) -> Interval:
+    """Errors per word with the bootstrap interval over utterances.
+
+    Where there is no error a bootstrap finds no doubt; the upper end is then that of no error in so many words.
+    """
+    found = bootstrap_ratio(errors, words)
+    if len(words) and not any(errors):
+        return Interval(0.0, 0.0, clopper_pearson(0, int(sum(words)))[1])
+    return found
 
 
 def chi_square(counts: Sequence[int] | NDArray, probabilities: Sequence[float] | NDArray) -> ChiSquare:

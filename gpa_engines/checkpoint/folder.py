@@ -13,6 +13,7 @@ from gpa_codecs.vocabulary import TokenSpace
 from gpa_codecs.weights import weight_files
 from gpa_engines.checkpoint.checks import bicodec_config, check_sizes, checks, glm_config, lm_config
 from gpa_engines.checkpoint.layout import PARTS, Layout, Part
+from gpa_engines.checkpoint.speech_domain import FILE_NAME as SPEECH_DOMAIN
 from gpa_engines.lm_config import LMConfig
 
 
@@ -98,7 +99,8 @@ class Checkpoint:
         return space
 
     def fingerprint(self) -> dict[str, str]:
-        """sha256 of every configuration and weight file of the required parts, by path below the part's folder.
+        """sha256 of every configuration and weight file of the required parts, by path below the part's folder, and of
+        the checkpoint's speech domain, if it has one.
 
         Reads everything (some seconds for a full checkpoint); unchanged files are not read twice in one process.
         """
@@ -117,6 +119,8 @@ class Checkpoint:
             folder = self.layout.folder(part)
             for path in (*(folder / name for name in configs[part]), *weight_files(folder)):
                 found[f"{part}/{path.name}"] = path
+        if (domain := self.root / SPEECH_DOMAIN).is_file():
+            found[SPEECH_DOMAIN] = domain
         return found
 
 

@@ -26,6 +26,7 @@ class Call:
     finished: float | None = None
     reports: dict[int, PieceReport] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)
+    remark: str | None = None
 
     @classmethod
     def begin(cls, overrides: SamplingOverrides, progress: ProgressCallback | None) -> Call:
@@ -63,7 +64,9 @@ class Call:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        return tuple(self.notes[index] for index in sorted(self.notes))
+        """The remark on the whole call, then the notes of its pieces."""
+        remarks = () if self.remark is None else (self.remark,)
+        return (*remarks, *(self.notes[index] for index in sorted(self.notes)))
 
     @property
     def timings(self) -> Timings:

@@ -14,6 +14,7 @@ from gpa_codecs.prompts import Task
 from gpa_codecs.vocabulary import TokenSpace
 from gpa_engines.backend_choice import AUTO, Choice, choose_backend, is_quantized
 from gpa_engines.checkpoint import PARTS, TASK_PARTS, Checkpoint, Part
+from gpa_engines.checkpoint.speech_domain import SpeechDomain, find_speech_domain
 from gpa_engines.engine import Engine, EngineInfo
 from gpa_engines.hub import resolve_model
 from gpa_engines.registry import create_engine, require_backend
@@ -28,12 +29,14 @@ class ModelFiles:
 
     engine: folder or file that the backend loads. checkpoint: the folder of the tokenizer and, where the codec or the
     backend reads them, of the released networks. codec: None where no task needs one. choice: the backend and why.
+    domain: what the model can speak, None where that is any text.
     """
 
     engine: Path
     checkpoint: Checkpoint
     codec: CodecFiles | None
     choice: Choice
+    domain: SpeechDomain | None = None
 
     def load(self, codec_device: str, engine_options: dict[str, Any]) -> tuple[Engine, SpeechCodec, TokenSpace]:
         """Load the engine; the codec loads its own parts when a task first needs them.
@@ -105,7 +108,8 @@ def find_model(
         tokenizer=tokenizer or _tokenizer(folder, codec or folder),
         require=needed,
     )
-    return ModelFiles(path, checkpoint, files, choice)
+    domain = find_speech_domain(folder) or (find_speech_domain(codec) if codec is not None else None)
+    return ModelFiles(path, checkpoint, files, choice, domain)
 
 
 def find_codec(

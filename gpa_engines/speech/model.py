@@ -15,6 +15,7 @@ from gpa_codecs.codec import SpeechCodec, Voice
 from gpa_codecs.prompts import Task
 from gpa_codecs.vocabulary import TokenSpace
 from gpa_engines.backend_choice import AUTO
+from gpa_engines.checkpoint.speech_domain import SpeechDomain
 from gpa_engines.engine import Engine
 from gpa_engines.speech.loading import ModelFiles, find_model, parts_of
 from gpa_engines.speech.results import AudioPiece, ProgressCallback, Speech, TextDelta, Transcription
@@ -40,8 +41,11 @@ class AsyncSpeechModel:
     cause are GpaError.
     """
 
-    def __init__(self, engine: Engine, codec: SpeechCodec, space: TokenSpace) -> None:
-        self._runtime = Runtime(engine, codec, space)
+    def __init__(
+        self, engine: Engine, codec: SpeechCodec, space: TokenSpace, domain: SpeechDomain | None = None
+    ) -> None:
+        """domain: what the checkpoint can speak; other texts get a warning."""
+        self._runtime = Runtime(engine, codec, space, domain)
         self._streams: WeakSet[ResultStream[Any, Any]] = WeakSet()
 
     @classmethod
@@ -70,8 +74,8 @@ class AsyncSpeechModel:
         needs them.
         """
 
-        def load() -> tuple[Engine, SpeechCodec, TokenSpace]:
-            files = find_model(
+        def find() -> ModelFiles:
+            return find_model(
                 model,
                 backend=backend,
                 parts=parts_of(tasks),
@@ -81,16 +85,17 @@ class AsyncSpeechModel:
                 glm_tokenizer=glm_tokenizer,
                 tokenizer=tokenizer,
             )
-            return files.load(codec_device, engine_options)
 
-        return cls(*await anyio.to_thread.run_sync(load))
+        files = await anyio.to_thread.run_sync(find)
+        return await cls.load_files(files, codec_device=codec_device, **engine_options)
 
     @classmethod
     async def load_files(
         cls, files: ModelFiles, *, codec_device: str = "auto", **engine_options: Any
     ) -> AsyncSpeechModel:
         """As :meth:`load`, from files that :func:`gpa_engines.speech.loading.find_model` has found and checked."""
-        return cls(*await anyio.to_thread.run_sync(lambda: files.load(codec_device, engine_options)))
+        parts = await anyio.to_thread.run_sync(lambda: files.load(codec_device, engine_options))
+        return cls(*parts, files.domain)
 
     @property
     def engine(self) -> Engine:

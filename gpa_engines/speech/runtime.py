@@ -16,6 +16,7 @@ from gpa_codecs.codec import AudioTokens, Codes, Family, SpeechCodec, Voice
 from gpa_codecs.errors import RequestError
 from gpa_codecs.prompts import Task, task_tokens
 from gpa_codecs.vocabulary import TokenSpace
+from gpa_engines.checkpoint.speech_domain import SpeechDomain
 from gpa_engines.engine import Engine, GenerationRequest, SamplingParams
 from gpa_engines.passing_thread import in_passing_thread
 from gpa_engines.speech.call import Call
@@ -26,7 +27,10 @@ T = TypeVar("T")
 class Runtime:
     """Codec calls take turns on a worker thread, since each of them uses all of its threads; the engine batches."""
 
-    def __init__(self, engine: Engine, codec: SpeechCodec, space: TokenSpace) -> None:
+    def __init__(
+        self, engine: Engine, codec: SpeechCodec, space: TokenSpace, domain: SpeechDomain | None = None
+    ) -> None:
+        self.domain = domain
         self.engine = engine
         self.codec = codec
         self.space = space

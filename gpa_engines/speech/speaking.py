@@ -52,6 +52,8 @@ def synthesis(
         return tts_prompt(runtime.space, part, speaker), sampling
 
     call = Call.begin(overrides, progress)
+    if runtime.domain is not None:
+        call.remark = runtime.domain.warning(text)
     return _speak(runtime, call, "tts-a", voice, parts, lambda part: part, prompt, concurrency)
 
 

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 
 from gpa_codecs.codec import Voice
+from gpa_engines.checkpoint.speech_domain_writing import VoicePlan, write_speech_domain
 from gpa_engines.speech import SpeechModel
 from tests.cli.conftest import GpaRun, Outcome
 
@@ -243,3 +244,21 @@ def test_verbose_tells_the_stages_and_the_figures(gpa_run: GpaRun, tts) -> None:
     stderr = succeeded(gpa_run(*tts, "--text", "Hello.", "-v")).stderr
     for line in ("loading the model\n", "torch on cpu in float32", "speaking", "20 tokens", "seed 7\n"):
         assert line in stderr
+
+
+def test_a_checkpoint_of_few_words_says_which(gpa_run: GpaRun, tiny_checkpoint_copy: Path, audio_dir: Path) -> None:
+    write_speech_domain(
+        tiny_checkpoint_copy,
+        lambda text, voice: np.zeros(1600),
+        language="en",
+        words=("one", "two"),
+        max_words=2,
+        limits=(),
+        voices=(VoicePlan("low", 100, True, "one"),),
+        utterances=(),
+    )
+    reference = ("--model", tiny_checkpoint_copy, "--ref-audio", audio_dir / "en_female.flac", *SHORT)
+    foreign = succeeded(gpa_run("--task", "tts-a", *reference, "--text", "one hello"))
+    assert "warning: this checkpoint knows only the words one, two, 2 at a time: 'hello' will not" in foreign.stderr
+    assert "--model AutoArk-AI/GPA" in foreign.stderr
+    assert "knows only" not in succeeded(gpa_run("--task", "tts-a", *reference, "--text", "Two, one.")).stderr

@@ -28,6 +28,7 @@ def document() -> dict:
         "ascend": entry("rel_l2", "<=", 0.01),
         "codec": entry("snr_db", ">=", 60),
         "sampling": entry("significance", ">=", 1e-4),
+        "speech": entry("stt_wer_low", "<=", 0.015),
     }
 
 
@@ -49,7 +50,7 @@ def test_every_dtype_has_the_limits_that_judge_logits(limits: Limits) -> None:
 
 
 def test_every_limit_says_where_it_comes_from(limits: Limits) -> None:
-    for each in (*limits.dtypes.values(), limits.ascend, limits.codec, limits.sampling):
+    for each in (*limits.dtypes.values(), limits.ascend, limits.codec, limits.sampling, limits.speech):
         for limit in each.limits.values():
             assert len(limit.source.split()) >= 2, (each.name, limit.metric)
 

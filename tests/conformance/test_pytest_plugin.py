@@ -115,6 +115,7 @@ def test_an_engine_that_does_not_open_is_an_error_of_its_cases(
         (("--gpa-backend", "torch", "--gpa-model", "MODEL", "--gpa-cases", "logitz"), "logitz"),
         (("--gpa-backend", "tpu", "--gpa-model", "MODEL"), "unknown backend 'tpu'"),
         (("--gpa-backend", "torch", "--gpa-model", "MODEL", "--gpa-case-timeout", "0"), "--gpa-case-timeout is 0"),
+        (("--gpa-backend", "torch", "--gpa-model", "MODEL", "--gpa-utterances", "0"), "--gpa-utterances is 0"),
         (("--gpa-backend", "torch", "--gpa-model", "MODEL", "--gpa-known-failures", "none.txt"), "none.txt"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,17 @@ async def greedy_answer(engine: Engine, case: Case, prompt: Prompt) -> Greedy:
                 f"{scores[best[0]] - scores[chosen]:.3g}; it cannot be a reference"
             )
     return Greedy(np.asarray(ids, np.int64), margins, top5, reason)
+
+
+async def plain_answers(engine: Engine, wanted: Sequence[GenerationRequest]) -> list[list[int]]:
+    """The ids of all answers, asked for at the same time."""
+
+    async def one(request: GenerationRequest) -> list[int]:
+        return [token async for delta in engine.generate(request) for token in delta.ids]
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one(request)) for request in wanted]
+    return [task.result() for task in tasks]
 
 
 def penalised(row: NDArray[np.float32], seen: tuple[int, ...], penalty: float) -> NDArray[np.float32]:

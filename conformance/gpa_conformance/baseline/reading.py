@@ -5,6 +5,7 @@ cases/FAMILY/NAME/prompt.json ids, stop_ids, allowed (pairs of first id and id a
 cases/FAMILY/NAME/logits.npy  float32[T, V], whole rows, for a short prompt; or
 cases/FAMILY/NAME/top.npz     the part of each row that `gpa_conformance.reference_rows` describes
 cases/FAMILY/NAME/greedy.npz  ids int64[N], margins float64[M], top5 int64[M, 5]
+cases/FAMILY/NAME/answers.npz clips str[n], ids int64[N], ends int64[n]: an answer for each of n held-out utterances
 cases/FAMILY/NAME/suspect.npz ids int64[n, L], columns int64[S], logits and direction float32[n, L, S]
 clips/NAME.npz                semantic, glm, voice int64; semantic_stable, glm_stable, voice_stable bool; pcm float32
 """
@@ -212,6 +213,17 @@ class Baseline:
             logits=arrays["logits"],
             direction=arrays["direction"],
         )
+
+    def spoken(self, case: Case) -> dict[str, tuple[int, ...]]:
+        """Ids of the answers to a case of the family "speech", by the path of the utterance's clip.
+
+        Empty where the baseline was made without the case, or for another version of it.
+        """
+        if self.missing(case) or not self.document["cases"][case.id].get("answers"):
+            return {}
+        arrays = load_arrays(self._file(case.id, "answers"))
+        parts = np.split(arrays["ids"], arrays["ends"][:-1])
+        return {str(clip): tuple(ids.tolist()) for clip, ids in zip(arrays["clips"], parts, strict=True)}
 
     def codec(self, clip: str) -> CodecReference:
         """The codes and the audio of a clip. Raises BaselineError when the baseline has none."""

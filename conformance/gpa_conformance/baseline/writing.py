@@ -18,15 +18,24 @@ from typing import Any
 import numpy as np
 
 from gpa_codecs.codec import SpeechCodec
-from gpa_conformance.baseline.answers import Greedy, clip_arrays, greedy_answer, reference_logits, top_arrays
+from gpa_conformance.baseline.answers import (
+    Greedy,
+    clip_arrays,
+    greedy_answer,
+    plain_answers,
+    reference_logits,
+    top_arrays,
+)
 from gpa_conformance.baseline.mistakes import OpenEngine, describe, mistake_arrays, unchanged
 from gpa_conformance.baseline.reading import DOCUMENT, SCHEMA, Baseline, BaselineError, checksum
 from gpa_conformance.bench.machine import machine_facts
 from gpa_conformance.cases import Case, clip_file, load_cases
 from gpa_conformance.prompts import ClipCodes, Prompt, build_prompt
 from gpa_conformance.reference_rows import keep_top
+from gpa_conformance.speech.material import NO_DOMAIN, UTTERANCES, SpeechMaterial
 from gpa_engines.checkpoint import Checkpoint
-from gpa_engines.engine import Engine
+from gpa_engines.checkpoint.speech_domain import find_speech_domain
+from gpa_engines.engine import Engine, GenerationRequest
 
 FULL_BYTES = 16 * 2**20
 """Whole rows are kept of a prompt whose logits are no larger than this; else their top (4 MB instead of 140 at 200
@@ -44,14 +53,16 @@ async def write_baseline(
     cases: Sequence[Case],
     progress: Progress | None = None,
     open_engine: OpenEngine | None = None,
+    *,
+    utterances: int = UTTERANCES,
 ) -> Baseline:
     """Record the answers of an engine and a codec to `cases` (and the prompts that they use) in the new folder `out`.
 
     open_codec: called once, and only if a case needs a codec, which is dropped before the engine runs, so that the two
     do not share the memory; None leaves those cases out, and the baseline says so. open_engine: opens another engine
-    like `engine`, for cases about a mistake in config.json; None leaves these out. The folder appears whole or not at
-    all. Raises BaselineError when `out` has content or cannot be written, and for NaN or an engine that contradicts
-    itself.
+    like `engine`, for cases about a mistake in config.json; None leaves these out. utterances: how many of the
+    checkpoint's speech domain are recorded. The folder appears whole or not at all. Raises BaselineError when `out` has
+    content or cannot be written, and for NaN or an engine that contradicts itself.
     """
     out = Path(out).expanduser()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -60,7 +71,7 @@ async def write_baseline(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        writer = _Writer(temporary, checkpoint, engine, open_codec, _with_references(cases), open_engine)
+        writer = _Writer(temporary, checkpoint, engine, open_codec, _with_references(cases), open_engine, utterances)
         await writer.write(progress or (lambda what, done, total: None))
         temporary.chmod(0o777 & ~_umask())
         os.replace(temporary, out)
@@ -81,6 +92,7 @@ class _Writer:
         open_codec: Callable[[], SpeechCodec] | None,
         cases: Sequence[Case],
         open_engine: OpenEngine | None,
+        utterances: int,
     ) -> None:
         self.folder = folder
         self.checkpoint = checkpoint
@@ -89,6 +101,10 @@ class _Writer:
         self.open_engine = open_engine
         self.cases = cases
         self.space = checkpoint.token_space()
+        self.domain = find_speech_domain(checkpoint.root)
+        self.utterances = utterances
+        self.spoken: dict[str, list[GenerationRequest]] = {}
+        self.spoken_clips: list[str] = []
         self.codes: dict[str, ClipCodes] = {}
         self.clips: dict[str, str] = {}
         self.entries: dict[str, dict[str, Any]] = {}
@@ -98,8 +114,9 @@ class _Writer:
         started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
         kept = [case for case in self.cases if not self._omit(case)]
         clips = sorted(set().union(*(_clips(case, self.cases) for case in kept)))
+        spoken = [case for case in kept if _is_recorded_speech(case)]
         total = len(clips) + len(kept) + 1
-        codec_name = self._write_clips(clips, lambda what, done: progress(what, done, total))
+        codec_name = self._use_codec(clips, spoken, lambda what, done: progress(what, done, total))
         for done, case in enumerate(kept, len(clips)):
             progress(case.id, done, total)
             self.entries[case.id] = await self._write_case(case)
@@ -131,6 +148,10 @@ class _Writer:
         needs = _length(case, self.cases) + int(case.spec.get("new_tokens", 0))
         if self.open_codec is None and (clips := _clips(case, self.cases)):
             self.omitted[case.id] = f"no codec for the clip {min(clips)}"
+        elif case.family == "speech" and self.domain is None:
+            self.omitted[case.id] = NO_DOMAIN
+        elif self.open_codec is None and case.family == "speech":
+            self.omitted[case.id] = "no codec for the recordings of the speech domain"
         elif case.kind == "suspect" and self.open_engine is None:
             self.omitted[case.id] = "no second engine to make the mistake with"
         elif case.kind == "suspect" and (reason := unchanged(self.checkpoint, case.spec["change"])):
@@ -139,9 +160,14 @@ class _Writer:
             self.omitted[case.id] = f"it needs {needs} positions; the model has {self.engine.info.max_context}"
         return case.id in self.omitted
 
-    def _write_clips(self, names: Sequence[str], progress: Callable[[str, int], None]) -> str | None:
-        """Record the clips; the codec's name. The codec is gone when this returns."""
-        if not names or self.open_codec is None:
+    def _use_codec(
+        self, names: Sequence[str], spoken: Sequence[Case], progress: Callable[[str, int], None]
+    ) -> str | None:
+        """Record the clips and build the prompts of the family "speech"; the codec's name, None where none was needed.
+
+        The codec is gone when this returns.
+        """
+        if self.open_codec is None or not (names or spoken):
             return None
         codec = self.open_codec()
         for done, name in enumerate(names):
@@ -149,10 +175,21 @@ class _Writer:
             self.codes[name], arrays = clip_arrays(codec, clip_file(name))
             self.clips[name] = f"clips/{name}.npz"
             self._save(self.clips[name], **arrays)
+        if spoken:
+            progress("recordings of the speech domain", len(names))
+            self._build_spoken(spoken, codec)
         name = type(codec).__name__
         del codec
         gc.collect()  # its parts refer to each other
         return name
+
+    def _build_spoken(self, cases: Sequence[Case], codec: SpeechCodec) -> None:
+        """What each case asks of the utterances."""
+        assert self.domain is not None
+        material = SpeechMaterial(self.domain, self.utterances, self.space, lambda: codec, recognise=False)
+        self.spoken_clips = [item.utterance.clip.path for item in material.items]
+        for case in cases:
+            self.spoken[case.id] = material.requests(case.spec["task"], case.spec["sampling"])
 
     async def _write_case(self, case: Case) -> dict[str, Any]:
         entry: dict[str, Any] = {"title": case.title, "digest": case.digest}
@@ -161,6 +198,13 @@ class _Writer:
             entry["suspect"] = f"cases/{case.id}/suspect.npz"
             entry["mistake"] = describe(self.checkpoint, case.spec["change"])
             self._save(entry["suspect"], **await mistake_arrays(self.checkpoint, self.engine, self.open_engine, case))
+        if case.id in self.spoken:
+            given = await plain_answers(self.engine, self.spoken[case.id])
+            ids, ends = np.concatenate([[], *given]).astype(np.int64), np.cumsum([len(each) for each in given])
+            entry["answers"] = f"cases/{case.id}/answers.npz"
+            self._save(
+                entry["answers"], clips=np.array(self.spoken_clips, np.str_), ids=ids, ends=ends.astype(np.int64)
+            )
         if case.prompt is None:
             return entry
         prompt = build_prompt(case.prompt, self.space, self.codes.__getitem__, self.cases)
@@ -221,6 +265,11 @@ def _clips(case: Case, cases: Sequence[Case]) -> set[str]:
     """Names of the clips that a case needs codes of, through its references too."""
     own = {source[key] for source in (case.spec, case.prompt or {}) for key in ("clip", "voice") if key in source}
     return own.union(*(_clips(each, cases) for each in cases if each.id in case.references))
+
+
+def _is_recorded_speech(case: Case) -> bool:
+    """Greedy answers of the family "speech"; draws are not compared with draws."""
+    return case.family == "speech" and "task" in case.spec and not case.spec["sampling"].get("temperature")
 
 
 def _length(case: Case, cases: Sequence[Case]) -> int:

@@ -4,7 +4,7 @@ A family raises `Skip` where the engine or the checkpoint lacks something; whate
 case. No family knows a backend: they use the Engine protocol, the baseline, the limits and the one sampling rule.
 """
 
-from gpa_conformance.families import batch, cache, codec, contract, generate, logits, long, sampling
+from gpa_conformance.families import batch, cache, codec, contract, generate, logits, long, sampling, speech
 
 FAMILIES = {
     "logits": logits.run,
@@ -15,6 +15,7 @@ FAMILIES = {
     "sampling": sampling.run,
     "codec": codec.run,
     "long": long.run,
+    "speech": speech.run,
 }
 """The function of every family, by name."""
 

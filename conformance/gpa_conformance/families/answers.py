@@ -78,11 +78,17 @@ async def answer(engine: Engine, wanted: GenerationRequest) -> Answer:
     return Answer(tuple(ids), last.finish_reason, last.usage, faults)
 
 
-async def answers(engine: Engine, wanted: Sequence[GenerationRequest]) -> list[Answer]:
-    """Run all requests at the same time."""
+async def answers(engine: Engine, wanted: Sequence[GenerationRequest], at_most: int | None = None) -> list[Answer]:
+    """Run all requests at the same time, or `at_most` so many."""
+    turn = asyncio.Semaphore(at_most or max(1, len(wanted)))
+
+    async def run(each: GenerationRequest) -> Answer:
+        async with turn:
+            return await answer(engine, each)
+
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(answer(engine, each)) for each in wanted]
+            tasks = [group.create_task(run(each)) for each in wanted]
     except BaseExceptionGroup as errors:
         raise _first(errors) from errors
     return [task.result() for task in tasks]

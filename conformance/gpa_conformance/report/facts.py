@@ -33,10 +33,22 @@ STATE_SIGNS: dict[Status, str] = {
 COMPARED = ("logits", "long")
 """Families whose prompts are compared with the baseline position by position."""
 
-_PERCENT = frozenset(("rel_l2", "rel_l2_max", "residual", "top1"))
+_PERCENT = frozenset(
+    (
+        *("rel_l2", "rel_l2_max", "residual", "top1"),
+        *("stt_wer_low", "recogniser_wer_excess_low", "own_wer_excess_low", "baseline_wer_excess_low"),
+        *("f0_share_high", "f0_share", "duration_off", "wer", "recogniser_wer", "recogniser_wer_natural"),
+        *("own_wer", "own_wer_natural", "baseline_wer", "equal_answers"),
+    )
+)
 _NATS = ("kl_", "regret_", "delta_logp_")
 _UNITS = {"top5": "of 5", "top5_min": "of 5", "snr_db": "dB", "seconds": "s"}
-_SHARES = frozenset(("cosine", "cosine_min", "top1", "semantic_agreement", "voice_agreement", "glm_agreement"))
+_SHARES = frozenset(
+    (
+        *("cosine", "cosine_min", "top1", "f0_share_high"),
+        *("semantic_agreement", "voice_agreement", "glm_agreement"),
+    )
+)
 _HOLDS: dict[str, str] = {"<=": "≤", ">=": "≥", "==": "="}
 _BREAKS: dict[str, str] = {"<=": ">", ">=": "<", "==": "≠"}
 
@@ -188,6 +200,7 @@ def identity(report: RunReport) -> list[tuple[str, str]]:
         ("capabilities", ", ".join(sorted(map(str, capabilities)))),
         ("options", ", ".join(f"{key}={value}" for key, value in options.items()) or "none"),
         ("model", str(report.model.get("name", "?"))),
+        ("speech", str(report.model.get("speech", ""))),
         ("baseline", f"{report.baseline.get('path', 'none')}, by {report.baseline.get('made_by', '?')}"),
         ("started", f"{report.started}, took {duration(report.seconds)}"),
     ]

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from gpa_conformance.report import ascend, plots
+from gpa_conformance.report import ascend, plots, speech
 from gpa_conformance.report.facts import (
     STATE_SIGNS,
     STATE_WORDS,
@@ -51,6 +51,7 @@ def render(report: RunReport) -> str:
                         section("Coverage", _coverage(report), name="coverage"),
                         section("What failed", *_failures(report), name="failures"),
                         section("Distance from the baseline", _plots(report), _limits(report), name="distance"),
+                        section("Speech", *_speech(report), name="speech"),
                         section("The Ascend report's figures", *_ascend(report), name="ascend"),
                         section("Cases", *_cases(report), name="cases"),
                         section("To repeat this run", *_repeat(report), name="repeat"),
@@ -170,6 +171,23 @@ def _ascend(report: RunReport) -> list[Html]:
     if parts:
         note = "These limits know no dtype and decide nothing here; those of the dtype, above, do."
         parts.append(element("p", note, "small quiet"))
+    return parts
+
+
+def _speech(report: RunReport) -> list[Html]:
+    """The figures; voices and utterances folded away."""
+    rows = [row.cells() for row in speech.rows(report)]
+    if not rows:
+        return []
+    columns = [Column(name, tight=name == "case") for name in speech.COLUMNS]
+    parts = [table(speech.TITLE[0].upper() + speech.TITLE[1:], columns, rows), element("p", speech.NOTE, "small quiet")]
+    for title, tables in (("By voice", speech.voices(report)), ("Not right", speech.wrong(report))):
+        told = [
+            table(f"{title}: {case}", [Column(name, number=name not in ("voice", "said")) for name in names], found)
+            for case, names, found in tables
+        ]
+        if told:
+            parts.append(element("details", join([element("summary", title), element("div", join(told), "body")])))
     return parts
 
 

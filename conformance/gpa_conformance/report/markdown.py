@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Sequence
 
-from gpa_conformance.report import ascend
+from gpa_conformance.report import ascend, speech
 from gpa_conformance.report.facts import (
     STATE_SIGNS,
     STATE_WORDS,
@@ -32,7 +32,9 @@ def render(report: RunReport) -> str:
         *(f"> {plain(note)}" for note in outcome.notes),
         bullets(map(plain, report.family_lines())),
         _failures([case for case in report.cases if case.failed]),
+        _speech(report),
         _limits(report),
+        folded("Speech, by voice and by utterance", _voices(report)),
         folded("The Ascend report's figures", _ascend(report)),
         folded(f"All {count(len(report.cases), 'case')}", _cases(report)),
         folded("To repeat this run", _repeat(report)),
@@ -91,6 +93,17 @@ def _limits(report: RunReport) -> str:
         for each in limited(report)
     ]
     return table(("", "metric", "worst", "limit", "worst case", "source of the limit"), rows, (2, 3)) if rows else ""
+
+
+def _speech(report: RunReport) -> str:
+    rows = [row.cells() for row in speech.rows(report)]
+    return f"{table(speech.COLUMNS, rows)}\n\n{plain(speech.NOTE)}" if rows else ""
+
+
+def _voices(report: RunReport) -> str:
+    parts = [f"{case}, by voice:\n\n{table(columns, rows)}" for case, columns, rows in speech.voices(report)]
+    parts += [f"{case}, not right:\n\n{table(columns, rows)}" for case, columns, rows in speech.wrong(report)]
+    return "\n\n".join(parts)
 
 
 def _ascend(report: RunReport) -> str:

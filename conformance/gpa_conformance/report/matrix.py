@@ -16,7 +16,7 @@ from rich.text import Text
 from gpa_codecs.errors import GpaError
 from gpa_conformance.progress import STYLES
 from gpa_conformance.report import markdown as md
-from gpa_conformance.report import markup
+from gpa_conformance.report import markup, speech
 from gpa_conformance.report.facts import (
     STATE_SIGNS,
     STATE_WORDS,
@@ -34,13 +34,15 @@ from gpa_conformance.results import CaseResult, RunReport
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """names: one per run, unique. families, cases: rows in the order in which they first ran. warnings: in words."""
+    """names: one per run, unique. families, cases: rows in the order in which they first ran. spoken: case and
+    name of the figures of the family "speech". warnings: in words."""
 
     reports: tuple[RunReport, ...]
     names: tuple[str, ...]
     families: tuple[str, ...]
     cases: tuple[str, ...]
     metrics: tuple[str, ...]
+    spoken: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
 
     def case(self, run: int, case_id: str) -> CaseResult | None:
@@ -51,6 +53,11 @@ class Matrix:
         """ "12/12", or "" where the run did not have the family."""
         lines = dict(zip(self.reports[run].families, self.reports[run].family_lines(), strict=True))
         return lines.get(family, family).removeprefix(family).strip()
+
+    def speech(self, run: int, case: str, short: str) -> str:
+        """A figure of the family "speech", "" where the run does not have it."""
+        found = (row for row in speech.rows(self.reports[run]) if (row.case, row.short) == (case, short))
+        return next((row.found for row in found), "")
 
     def worst(self, run: int, metric: str) -> str:
         """The worst value of a limited metric and its limit, marked where it is beyond."""
@@ -83,6 +90,7 @@ def build(reports: Sequence[RunReport]) -> Matrix:
         tuple(dict.fromkeys(family for report in reports for family in report.families)),
         tuple(dict.fromkeys(case.case for report in reports for case in report.cases)),
         tuple(dict.fromkeys(each.worst.metric for report in reports for each in limited(report))),
+        tuple(dict.fromkeys((row.case, row.short) for report in reports for row in speech.rows(report) if row.short)),
         tuple(warnings),
     )
 
@@ -103,6 +111,8 @@ def show(reports: Sequence[RunReport], console: Console) -> None:
         table.add_row(Text(case_id), *cells, end_section=last)
     for family in matrix.families:
         table.add_row(Text(family, "bold"), *(Text(matrix.family(run, family)) for run in runs))
+    for case, short in matrix.spoken:
+        table.add_row(Text(f"{case}: {short}"), *(Text(matrix.speech(run, case, short) or "-") for run in runs))
     console.print(table)
     for name, report in zip(matrix.names, matrix.reports, strict=True):
         outcome = verdict(report)
@@ -120,6 +130,10 @@ def markdown(reports: Sequence[RunReport]) -> str:
         ("**verdict**", *outcome),
         *((family, *(md.plain(matrix.family(run, family)) for run in runs)) for family in matrix.families),
         *((metric, *(md.plain(matrix.worst(run, metric)) for run in runs)) for metric in map(str, matrix.metrics)),
+    ]
+    summary += [
+        (md.plain(f"{case}: {short}"), *(md.plain(matrix.speech(run, case, short)) for run in runs))
+        for case, short in matrix.spoken
     ]
     head = f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}\n"
     body = "\n".join(f"| {' | '.join(cell or '-' for cell in row)} |" for row in summary)
@@ -145,6 +159,9 @@ def html(reports: Sequence[RunReport]) -> str:
     cases = [(case_id, *(_html_cell(matrix.case(run, case_id)) for run in runs)) for case_id in matrix.cases]
     families = [(family, *(matrix.family(run, family) or "–" for run in runs)) for family in matrix.families]
     metrics = [(metric, *(matrix.worst(run, metric) or "–" for run in runs)) for metric in matrix.metrics]
+    spoken = [
+        (f"{case}: {short}", *(matrix.speech(run, case, short) or "–" for run in runs)) for case, short in matrix.spoken
+    ]
     outcome = ("verdict", *(_html_verdict(report) for report in matrix.reports))
     first = markup.Column("", tight=True)
     body = markup.join(
@@ -154,7 +171,9 @@ def html(reports: Sequence[RunReport]) -> str:
             *warnings,
             markup.section(
                 "Side by side",
-                markup.table("Families and limits of every run", (first, *columns[1:]), [outcome, *families, *metrics]),
+                markup.table(
+                    "Families and limits of every run", (first, *columns[1:]), [outcome, *families, *spoken, *metrics]
+                ),
                 markup.element("ul", markup.join(markup.element("li", line) for line in _proofs(matrix))),
                 name="summary",
             ),

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpa_conformance.progress import STYLES
-from gpa_conformance.report import ascend
+from gpa_conformance.report import ascend, speech
 from gpa_conformance.report.facts import (
     STATE_WORDS,
     decisive,
@@ -31,6 +31,7 @@ def show(report: RunReport, console: Console) -> None:
     console.print()
     console.print(_cases(report))
     _ascend(report, console)
+    _speech(report, console)
     if report.families:
         console.print(_limits(report))
     _failures(report, console)
@@ -87,6 +88,28 @@ def _ascend(report: RunReport, console: Console) -> None:
     if ascend.rows(report, "last"):
         console.print("  (its limits know no dtype; those below decide)")
         console.print()
+
+
+def _speech(report: RunReport, console: Console) -> None:
+    rows = speech.rows(report)
+    if not rows:
+        return
+    table = Table(title=speech.TITLE, title_justify="left")
+    for name in speech.COLUMNS:
+        table.add_column(name, overflow="fold")
+    for number, row in enumerate(rows, 1):
+        last = number == len(rows) or rows[number].case != row.case
+        table.add_row(*map(Text, row.cells()), end_section=last)
+    console.print(table)
+    for case, columns, found in speech.voices(report):
+        table = Table(title=f"{case}, by voice", title_justify="left")
+        for name in columns:
+            table.add_column(name, justify="left" if name == "voice" else "right")
+        for cells in found:
+            table.add_row(*map(Text, cells))
+        console.print(table)
+    console.print(Text(speech.NOTE, "dim"), soft_wrap=True)
+    console.print()
 
 
 def _word(word: str) -> Text:
