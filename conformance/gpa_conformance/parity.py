@@ -103,7 +103,7 @@ HARDWARE = {
         ),
         converted="onnx/lm",
     ),
-    "vllm": Hardware("vllm"),
+    "vllm": Hardware("vllm", variants=(Variant("float32"), Variant("bfloat16"))),
     "sglang": Hardware("sglang", variants=(Variant("float32"), Variant("bfloat16"))),
 }
 
@@ -150,6 +150,8 @@ def unavailable(hardware: Hardware) -> str:
         return "torch sees no CUDA device"
     if hardware.device == "npu":
         return _without_npu()
+    if hardware.backend == "vllm":
+        return _without_device_for_vllm()
     return ""
 
 
@@ -163,6 +165,16 @@ def _without_npu() -> str:
     except BackendError as error:
         return str(error)
     return ""
+
+
+def _without_device_for_vllm() -> str:
+    """That vLLM finds no device, or "". What is wrong with vLLM itself, the run says."""
+    from gpa_engines.backends.vllm.llm import NO_DEVICE, device_type
+
+    try:
+        return "" if device_type() else NO_DEVICE
+    except BackendError:
+        return ""
 
 
 def unsupported(hardware: Hardware, variant: Variant) -> str:

