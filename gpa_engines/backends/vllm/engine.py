@@ -1,5 +1,8 @@
 """The vLLM engine: vLLM's AsyncLLM in this process, its model in processes of its own."""
 
+# vllm has an environment of its own, which is not that of the type checker.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import asyncio

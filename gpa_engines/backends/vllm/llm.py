@@ -1,5 +1,8 @@
 """vLLM's AsyncLLM: started, asked, explained and stopped."""
 
+# vllm has an environment of its own, which is not that of the type checker.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -64,9 +67,8 @@ class RunningLlm:
         self, ids: Sequence[int], fields: Mapping[str, Any], name: str = ""
     ) -> AsyncGenerator[RequestOutput, None]:
         """vLLM's outputs for one prompt, each with the new ids; on the thread. Closing it ends the request there."""
-        from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         params = SamplingParams(**fields, output_kind=RequestOutputKind.DELTA)
         prompt = TokensPrompt(prompt_token_ids=list(ids))

@@ -4,6 +4,9 @@ vLLM imports this module in its worker processes and makes one `SamplingRule` in
 after the allowed ids, the repetition penalty and min_tokens, and leaves one id for vLLM to draw from.
 """
 
+# vllm has an environment of its own, which is not that of the type checker.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -11,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from vllm import SamplingParams
 from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, process_dict_updates
 
 from gpa_engines.backends.vllm.draws import Filters, draw, uniform

@@ -35,6 +35,11 @@ def make(**values: Any) -> Filters:
     return Filters(**({"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | values))
 
 
+def params(**values: Any) -> SamplingParams:
+    merged: dict[str, Any] = {"temperature": 1.0} | values
+    return SamplingParams(**merged)
+
+
 def rows(count: int = 40, width: int = 300, *, coarse: bool = False) -> np.ndarray:
     """Logits; coarse ones tie often, as those in bfloat16 do."""
     values = np.random.default_rng(0).normal(size=(count, width)).astype(np.float32) * 3
@@ -48,7 +53,7 @@ def test_the_distribution_is_the_samplers(values: dict[str, Any], coarse: bool) 
     logits[:, ::3] = -np.inf
     weights = make(**values).weights(torch.from_numpy(logits)).numpy()
     for row, found in zip(logits, weights, strict=True):
-        ids, probabilities = Sampler(SamplingParams(**({"temperature": 1.0} | values)), (1,)).distribution(row)
+        ids, probabilities = Sampler(params(**values), (1,)).distribution(row)
         assert np.flatnonzero(found).tolist() == ids[probabilities > 0].tolist()
         np.testing.assert_allclose(found[ids] / found.sum(), probabilities, rtol=1e-12)
 
@@ -57,7 +62,7 @@ def test_the_distribution_is_the_samplers(values: dict[str, Any], coarse: bool) 
 def test_a_seed_gives_the_samplers_tokens(values: dict[str, Any]) -> None:
     """Also where rows are drawn from together, or again."""
     steps = rows(30, coarse=True)
-    samplers = [Sampler(SamplingParams(seed=seed, **({"temperature": 1.0} | values)), (1,)) for seed in range(5)]
+    samplers = [Sampler(params(seed=seed, **values), (1,)) for seed in range(5)]
     for step, logits in enumerate(steps):
         weights = make(**values).weights(torch.from_numpy(np.stack([logits] * 5)))
         for _ in range(2):
@@ -76,11 +81,11 @@ def test_a_seed_gives_the_samplers_tokens(values: dict[str, Any]) -> None:
 )
 def test_any_row(values: list[float], seed: int, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     logits = np.array([*values, 0.0], np.float32)
-    params = SamplingParams(temperature, top_k, top_p, min_p, seed=seed)
+    sampling = SamplingParams(temperature, top_k, top_p, min_p, seed=seed)
     weights = make(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p).weights(
         torch.from_numpy(logits[None])
     )
-    ids, _ = Sampler(params, (1,)).distribution(logits)
+    ids, _ = Sampler(sampling, (1,)).distribution(logits)
     assert int(draw(weights, [uniform(seed, 0)])[0]) in ids.tolist()
 
 

@@ -1,5 +1,8 @@
 """Engine arguments of vLLM that a user gives himself: names, and text as the field's type."""
 
+# vllm has an environment of its own, which is not that of the type checker.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from enum import Enum

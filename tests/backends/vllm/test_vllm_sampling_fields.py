@@ -1,5 +1,8 @@
 """What vLLM is told of a request: every field, so that none of its own defaults decides."""
 
+# vllm has an environment of its own, which is not that of the type checker.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import pytest
@@ -61,7 +64,7 @@ def test_nothing_is_detokenized_and_nothing_else_changes_the_draw() -> None:
 def test_every_field_that_changes_an_answer_is_set(vllm_installed: None) -> None:
     """A field that a newer vLLM adds must be looked at."""
     import msgspec
-    from vllm import SamplingParams as VllmParams
+    from vllm.sampling_params import SamplingParams as VllmParams
 
     known = {each.name for each in msgspec.structs.fields(VllmParams) if not each.name.startswith("_")}
     told = set(fields(temperature=0.7))
