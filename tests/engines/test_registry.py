@@ -28,9 +28,9 @@ def test_every_public_name_resolves() -> None:
         _ = gpa_engines.Nothing
 
 
-def test_all_seven_backends_are_listed_with_their_state() -> None:
+def test_all_backends_are_listed_with_their_state() -> None:
     states = {status.backend.name: status.state for status in registry.list_backends()}
-    assert list(states) == ["torch", "llama-cpp", "mlx", "onnx", "vllm", "sglang", "ascend"]
+    assert list(states) == ["torch", "llama-cpp", "mlx", "onnx", "vllm", "sglang", "remote", "ascend"]
     assert states["torch"] == "ready"
 
 
