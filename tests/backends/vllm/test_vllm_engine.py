@@ -1,5 +1,8 @@
 """The real vLLM, in float32 on the tiny checkpoint, against the torch engine."""
 
+# vllm has an environment of its own, which is not that of the type checker.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import asyncio
@@ -165,6 +168,34 @@ def test_seeded_prompts_that_are_read_in_parts(engine: Engine, torch_engine: Eng
         assert await collect(engine, wanted) == await collect(torch_engine, wanted)
 
     asyncio.run(both())
+
+
+def test_requests_that_lose_their_place_in_the_cache_go_on_where_they_were(
+    engine: Engine, torch_engine: Engine
+) -> None:
+    """There is room for two longest requests; vLLM computes the others anew so far, random numbers included."""
+    sampling = {"temperature": 0.9, "top_k": 40, "repetition_penalty": 1.1, "min_new_tokens": 350}
+    wanted = [request(prompt_of(100, seed), 400, seed=seed, **sampling) for seed in range(12)]
+
+    async def both() -> None:
+        before = preemptions()
+        assert await collect(engine, wanted) == await collect(torch_engine, wanted)
+        assert preemptions() > before
+
+    asyncio.run(both())
+
+
+def preemptions() -> float:
+    """How often vLLM has taken a request's place in the cache away, by its own count."""
+    from prometheus_client import REGISTRY
+
+    return sum(
+        sample.value
+        for metric in REGISTRY.collect()
+        if metric.name == "vllm:num_preemptions"
+        for sample in metric.samples
+        if sample.name.endswith("_total")
+    )
 
 
 def test_the_stop_id_ends_the_answer_and_is_no_part_of_it(engine: Engine) -> None:
