@@ -32,7 +32,7 @@ FAULTS: list[tuple[Callable[[Path], None], Fault]] = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("change", "fault"), FAULTS, ids=str)
+@pytest.mark.parametrize(("change", "fault"), FAULTS, ids=[str(fault) for _, fault in FAULTS])
 def test_misread_checkpoint_is_caught(
     suite: Suite, tmp_path: Path, change: Callable[[Path], None], fault: Fault, dtype: str
 ) -> None:
