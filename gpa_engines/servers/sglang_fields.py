@@ -78,18 +78,24 @@ def native_fields(
     )
 
 
+_GREEDY: Fields = {
+    "temperature": 0.0,
+    "top_k": 1,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "logit_bias": None,
+    "sampling_seed": None,
+}
+"""SGLang takes the highest logit, and nothing is done to it."""
+
+
 def rule_fields(request: GenerationRequest, answer: Sequence[int], seed: int) -> Fields:
     """`sampling_params` for `sglang_rule.SamplingRule`: SGLang itself takes the only token that is left possible."""
     return _fields(
         max_new_tokens=request.sampling.max_new_tokens - len(answer),
         stop_token_ids=list(request.stop_ids),
-        temperature=0.0,
-        top_k=1,
-        top_p=1.0,
-        min_p=0.0,
-        repetition_penalty=1.0,
-        logit_bias=None,
-        sampling_seed=None,
+        **_GREEDY,
         custom_params=RuleParams.of(request, seed).to_wire(),
     )
 
@@ -99,13 +105,7 @@ def reading_fields() -> Fields:
     return _fields(
         max_new_tokens=1,
         stop_token_ids=[],
-        temperature=0.0,
-        top_k=1,
-        top_p=1.0,
-        min_p=0.0,
-        repetition_penalty=1.0,
-        logit_bias=None,
-        sampling_seed=None,
+        **_GREEDY,
     )
 
 

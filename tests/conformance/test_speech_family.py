@@ -23,11 +23,10 @@ from gpa_conformance.speech import material as speech_material
 from gpa_conformance.speech.material import NO_DOMAIN, choose
 from gpa_conformance.target import Target
 from gpa_engines.checkpoint import Checkpoint
-from gpa_engines.checkpoint.speech_domain import FILE_NAME, SpeechDomain, find_speech_domain
+from gpa_engines.checkpoint.speech_domain import SpeechDomain
 from tests.conformance.spoken_words import WordCodec, WordEngine
-from tools.speech_domain import SynthesizedVoice, held_out_texts, is_held_out, write_digit_domain
+from tools.speech_domain import SynthesizedVoice, write_digit_domain
 
-TOOL = Path(__file__).parents[2] / "tools" / "speech_domain.py"
 UTTERANCES = 8
 ALL = "speech"
 GREEDY = "speech/stt,speech/tts,speech/vc"
@@ -376,14 +375,6 @@ def test_a_smaller_run_is_the_start_of_a_larger(studio: Studio) -> None:
         assert item.target != item.source
 
 
-def test_held_out_texts_are_distinct_and_of_every_length() -> None:
-    texts = [text for text, _ in zip(held_out_texts(), range(200), strict=False)]
-    assert len(set(texts)) == 200
-    assert all(map(is_held_out, texts))
-    assert {len(text.split()) for text in texts} == {3, 4, 5, 6}
-    assert not is_held_out("one two")
-
-
 def test_clips_have_the_pitch_of_their_voice(studio: Studio) -> None:
     from gpa_codecs.audio import load_audio
     from gpa_conformance.speech.pitch import median_f0
@@ -391,35 +382,6 @@ def test_clips_have_the_pitch_of_their_voice(studio: Studio) -> None:
     for utterance in studio.domain.utterances:
         found = median_f0(load_audio(studio.domain.clip_file(utterance.clip)).pcm)
         assert found == pytest.approx(studio.domain.voice(utterance.voice).f0, rel=0.02), utterance
-
-
-@pytest.mark.usefixtures("narrator")
-def test_the_tool_writes_the_same_domain_twice(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    contents = []
-    for name in ("a", "b"):
-        folder = tmp_path / name
-        folder.mkdir()
-        shutil.copy(tiny_checkpoint / "config.json", folder)
-        command = [sys.executable, str(TOOL), str(folder), "--utterances", "5"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == str(folder / FILE_NAME)
-        contents.append({path.name: path.read_bytes() for path in folder.rglob("*.*")})
-    assert contents[0] == contents[1]
-    domain = find_speech_domain(tmp_path / "a")
-    assert domain is not None
-    assert len(domain.utterances) == 5
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(("nowhere",), "no checkpoint: it has no config.json"), ((".", "--utterances", "0"), "expected 1 to 10000")],
-)
-def test_the_tool_refuses_what_it_cannot_do(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    command = [sys.executable, str(TOOL), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
 
 
 def test_the_recogniser_hears_the_recordings_in_any_order(studio: Studio) -> None:
@@ -434,27 +396,3 @@ def test_the_recogniser_hears_the_recordings_in_any_order(studio: Studio) -> Non
     heard = [first.hear(clip) for clip in clips]
     assert [again.hear(clip) for clip in clips[::-1]] == heard[::-1]
     assert first.hear(clips[0] * 0) == ()
-
-
-@pytest.mark.parametrize(
-    ("words", "language", "reason"),
-    [
-        (("one", "blorg"), "en", "dictionary lacks 'blorg'"),
-        (("yi",), "zh", "no independent recogniser of language 'zh'"),
-    ],
-)
-def test_a_recogniser_that_cannot_be_had_is_explained(words: tuple[str, ...], language: str, reason: str) -> None:
-    from gpa_conformance.speech.recogniser import find_recogniser
-
-    if language == "en":
-        pytest.importorskip("pocketsphinx")
-    recogniser, found = find_recogniser(words, language)
-    assert recogniser is None
-    assert reason in found
-
-
-def test_a_missing_recogniser_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpa_conformance.speech.recogniser import INSTALL, find_recogniser
-
-    monkeypatch.setitem(sys.modules, "pocketsphinx", None)
-    assert find_recogniser(("one",), "en") == (None, INSTALL)
