@@ -19,10 +19,8 @@ from urllib.parse import urlsplit
 import httpx
 
 from gpa_codecs.errors import BackendError, RequestError
-from gpa_engines.servers.environment import KEY_VARIABLE
 from gpa_engines.servers.event_stream import EventParser, EventTooLong
-
-KEY_REMEDY = f"set {KEY_VARIABLE} in the environment or name a file that holds it with key_file (--key-file)"
+from gpa_engines.servers.key import KEY_REMEDY
 
 KEPT_ALIVE = 2.0
 """Seconds that an idle connection is kept. Servers on uvicorn end theirs after 5: a request on one that is just ending

@@ -28,6 +28,7 @@ from gpa_engines.servers.http_server import (
     ServerError,
     ServerRefused,
 )
+from gpa_engines.servers.key import read_key
 from gpa_engines.servers.kind import ExpectedModel, ServerKind
 from gpa_engines.servers.lm_head import LMHead
 from gpa_engines.servers.sglang_engine import SamplingMode, SglangEngine, SglangFacts
@@ -83,8 +84,7 @@ def connect_server(
 ) -> SglangServer:
     """The engine over a running server that has the model of `folder`. Raises BackendError, CheckpointError."""
     config = LMConfig.from_file(folder / "config.json")
-    key = None if key_file is None else _read_key(Path(key_file))
-    server = HttpServer(ServerAccess(url, key, verify))
+    server = HttpServer(ServerAccess(url, read_key(key_file), verify))
     expected = ExpectedModel(
         vocab_size=config.vocab_size,
         max_context=min(config.max_position_embeddings, max_context or config.max_position_embeddings),
@@ -294,10 +294,3 @@ def _told(error: ServerRefused) -> Exception:
 def _is_last(event: Mapping[str, Any]) -> bool:
     meta = event.get("meta_info")
     return isinstance(meta, dict) and meta.get("finish_reason") is not None
-
-
-def _read_key(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BackendError(f"key_file {path} cannot be read: {error}") from error

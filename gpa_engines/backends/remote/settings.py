@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpa_codecs.errors import BackendError
-from gpa_engines.servers.environment import KEY_VARIABLE, URL_VARIABLE
-from gpa_engines.servers.http_server import KEY_REMEDY, ServerAccess
+from gpa_engines.servers.environment import URL_VARIABLE
+from gpa_engines.servers.http_server import ServerAccess
+from gpa_engines.servers.key import read_key
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
@@ -58,19 +59,6 @@ class FleetSettings:
             if sum(each.url == server.url for each in servers) > 1:
                 raise BackendError(f"url {server.url} is given twice; expected different servers")
         return cls(servers, served_name, dtype, str(expect), recheck, tries)
-
-
-def read_key(key_file: str | Path | None) -> str | None:
-    """The bearer key of a file or of the environment; None for none. Raises BackendError for a file without one."""
-    if key_file is None:
-        return os.environ.get(KEY_VARIABLE) or None
-    try:
-        key = Path(key_file).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
-        raise BackendError(f"key_file {key_file}: {getattr(error, 'strerror', None) or 'it is not text'}") from None
-    if not key:
-        raise BackendError(f"key_file {key_file} is empty; {KEY_REMEDY}")
-    return key
 
 
 def _urls(url: str | Sequence[str] | None) -> list[str]:

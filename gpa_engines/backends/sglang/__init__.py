@@ -47,8 +47,9 @@ def create_engine(
     prefix_caching: start a prompt from what an earlier one with the same beginning left in the cache; the last bits of
         an answer's logits then depend on what ran before.
     attention_backend: SGLang's; None leaves it to SGLang, on a CPU it is "torch_native".
-    url: of a running SGLang server, which is then used in place of an engine here; nothing of SGLang need be installed.
-        key_file: holds its bearer key. verify: whether its certificate is checked, or a file of authorities.
+    url: of a running SGLang server, which is then used in place of an engine here. key_file: holds its bearer key;
+        None takes the environment variable GPA_REMOTE_KEY. verify: whether its certificate is checked, or a file of
+        authorities.
     engine_args: other fields of SGLang's ServerArgs, by SGLang's names.
     Raises BackendError for a value, a device or a field that cannot be had, for an SGLang that does not start and a
     server that cannot be used; CheckpointError for a damaged checkpoint.

@@ -10,9 +10,10 @@ import pytest
 from gpa_codecs.errors import BackendError, CheckpointError
 from gpa_engines.backend_choice import choose_backend
 from gpa_engines.backends.remote.local_model import LocalModel, expected_fingerprint
-from gpa_engines.backends.remote.settings import FleetSettings, read_key
+from gpa_engines.backends.remote.settings import FleetSettings
 from gpa_engines.fingerprint import FILE, Fingerprint
 from gpa_engines.registry import BACKENDS, backend_options, create_engine
+from gpa_engines.servers.key import read_key
 from tests.engines.test_fingerprint import made
 
 
