@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gpa_codecs.errors import GpaError
+from gpa_engines.interruption import interruptible
 from gpa_engines.random_checkpoint import Size, make_checkpoint
 
 
@@ -23,7 +24,7 @@ def main(
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=console) as bar:
+        with interruptible(), Progress(*columns, console=console) as bar:
             task = bar.add_task("weights", total=None)
             path = make_checkpoint(
                 out,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gpa_codecs.errors import BackendError, GpaError
+from gpa_engines.interruption import interruptible
 
 EPILOG = "Exit status: 0; 1 when --verify finds a fault; 2 for what cannot be converted; 130 after Ctrl-C."
 
@@ -72,23 +73,24 @@ def main(
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        if find_spec("gguf") is None:
-            raise BackendError("converting to GGUF needs gguf: pip install gguf")
-        from gguf_conversion.plan import Choices
-        from gguf_conversion.session import convert, show
+        with interruptible():
+            if find_spec("gguf") is None:
+                raise BackendError("converting to GGUF needs gguf: pip install gguf")
+            from gguf_conversion.plan import Choices
+            from gguf_conversion.session import convert, show
 
-        choices = Choices(
-            outfile=outfile,
-            outtype=outtype,
-            quantize=quantize,
-            vocabularies=("full", "speech", "text") if vocab == "all" else (vocab,),
-            overwrite=overwrite,
-            model_name=model_name,
-        )
-        if dry_run:
-            show(model_dir, choices, verbose=verbose)
-            return
-        failed = convert(model_dir, choices, console, check=verify, verbose=verbose)
+            choices = Choices(
+                outfile=outfile,
+                outtype=outtype,
+                quantize=quantize,
+                vocabularies=("full", "speech", "text") if vocab == "all" else (vocab,),
+                overwrite=overwrite,
+                model_name=model_name,
+            )
+            if dry_run:
+                show(model_dir, choices, verbose=verbose)
+                return
+            failed = convert(model_dir, choices, console, check=verify, verbose=verbose)
     except GpaError as error:
         console.print(Text.assemble(("error: ", "red"), str(error)))
         raise typer.Exit(2) from error

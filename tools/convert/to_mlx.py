@@ -15,6 +15,7 @@ from rich.text import Text
 
 from gpa_codecs.errors import GpaError
 from gpa_engines.hub import resolve_model
+from gpa_engines.interruption import interruptible
 
 if TYPE_CHECKING:
     from mlx_conversion.plan import Plan
@@ -63,7 +64,8 @@ def main(
 ) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        _convert(console, resolve_model(model_dir, progress=console.print), out, bits, group_size, dtype, verify)
+        with interruptible():
+            _convert(console, resolve_model(model_dir, progress=console.print), out, bits, group_size, dtype, verify)
     except GpaError as error:
         console.print(Text.assemble(("error: ", "red"), str(error)))
         raise typer.Exit(FAULT if isinstance(error, ConversionFault) else MISUSE) from error

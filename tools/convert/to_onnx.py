@@ -19,6 +19,7 @@ from rich.text import Text
 from gpa_codecs.errors import BackendError, GpaError
 from gpa_engines.checkpoint import Checkpoint
 from gpa_engines.hub import resolve_model
+from gpa_engines.interruption import interruptible
 
 if TYPE_CHECKING:
     from onnx_conversion.verification import Comparison
@@ -75,19 +76,20 @@ def main(
 ) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        subjects: list[Subject] = ["codec", "lm"] if what == "all" else [what]
-        root = resolve_model(model_dir, progress=console.print)
-        job = Job(
-            root,
-            out or root / "onnx",
-            subjects,
-            [each.value for each in precision or [Precision.fp32]],
-            verify,
-            verbose,
-            console,
-        )
-        job.check(overwrite)
-        faults = [fault for subject in subjects for fault in job.convert(subject)]
+        with interruptible():
+            subjects: list[Subject] = ["codec", "lm"] if what == "all" else [what]
+            root = resolve_model(model_dir, progress=console.print)
+            job = Job(
+                root,
+                out or root / "onnx",
+                subjects,
+                [each.value for each in precision or [Precision.fp32]],
+                verify,
+                verbose,
+                console,
+            )
+            job.check(overwrite)
+            faults = [fault for subject in subjects for fault in job.convert(subject)]
     except GpaError as error:
         console.print(Text.assemble(("error: ", "red"), str(error)))
         raise typer.Exit(2) from error
