@@ -15,10 +15,9 @@ from demo_training.language_model import LanguageModel
 from demo_training.recipe import Recipe, Report, as_stored
 from demo_training.tokens import TokenCorpus
 from demo_training.training import Losses, Optimization, cosine, train
-
 from gpa_codecs.vocabulary import TokenSpace
 
-_STEPS = 5000
+_STEPS = 3600
 _RATE = 2e-3
 _PENALTY = 1.2
 """Speech is sampled with this repetition penalty by default; a model that never met it stumbles over its own runs."""

@@ -18,7 +18,7 @@ _MEL_FFT = 1024
 
 
 def magnitudes(waves: Tensor, n_fft: int, hop: int) -> Tensor:
-    """Waveforms (B, N) -> magnitudes (B, frames, n_fft // 2 + 1) of Hann windows, frame f centred on (f + 0.5) * hop."""
+    """Waveforms (B, N) -> magnitudes (B, frames, n_fft // 2 + 1), frame f centred on (f + 0.5) * hop."""
     before = n_fft // 2 - hop // 2
     padded = F.pad(waves, (before, n_fft))[:, : before + waves.shape[1] - hop // 2 + n_fft // 2]
     frames = padded.unfold(1, n_fft, hop) * _hann(n_fft, waves.device)
