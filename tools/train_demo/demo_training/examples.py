@@ -20,7 +20,7 @@ Codes = NDArray[np.int64]
 CYCLE: tuple[Task, ...] = ("tts-a", "stt", "tts-a", "vc")
 """The tasks of successive steps."""
 
-_BATCH = 32
+_BATCH = 20
 _DIGITS = (0.07, 0.11, 0.16, 0.2, 0.22, 0.24)  # share of the steps for each length
 _SHORT = 3  # digits at most at first
 _SHORT_SHARE = 0.15

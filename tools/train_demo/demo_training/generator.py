@@ -19,7 +19,7 @@ from gpa_codecs.bicodec.generator import Snake
 from gpa_codecs.bicodec.model import WaveDecoder
 from gpa_codecs.codec import HOP_LENGTH
 
-_STEPS = 5500
+_STEPS = 4000
 _BATCH = 4
 _CODES = 48
 _FFTS = (2048, 1024, 512, 256)

@@ -15,7 +15,7 @@ from demo_training.encoding import Codes, glm_codes, semantic_codes
 from demo_training.recipe import Recipe, Report
 from gpa_codecs.files import replacing
 
-_TEXTS = 10_000
+_TEXTS = 6_000
 _PART = 250  # texts that are spoken, encoded and kept at a time
 
 
