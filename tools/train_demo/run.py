@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -41,6 +43,8 @@ def main(
     The same seed, threads and machine give the same weights.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    # A run that is told to end takes its stages with it, as with Ctrl-C.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         for package in ("torch", "pocketsphinx"):
             if find_spec(package) is None:
@@ -56,6 +60,10 @@ def main(
         raise typer.Exit(130) from None
     if not reached:
         raise typer.Exit(1)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
