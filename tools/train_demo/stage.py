@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import torch
+
 from demo_training.recipe import Recipe
 from demo_training.stages import STAGES, run_stage
-
 from gpa_codecs.errors import GpaError
 
 
