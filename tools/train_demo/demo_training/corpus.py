@@ -75,7 +75,7 @@ class _Calibration:
 
 
 class Narrator:
-    """Speaks strings in calibrated voices; the same string and voice give the same samples."""
+    """Speaks strings in calibrated voices. What a string sounds like depends a little on what was spoken before it."""
 
     def __init__(self) -> None:
         """Raises BackendError without espeak-ng."""

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from demo_training.corpus import UNSEEN_VOICES, VOICES, Corpus, Narrator, SpeakerVoice, record
+from demo_training.corpus import UNSEEN_VOICES, VOICES, Corpus, SpeakerVoice
 from demo_training.digits import held_out_texts, written_form
 from demo_training.export import training_record
 from demo_training.judge import Judge, WordErrors
 from demo_training.model_card import model_card
+from demo_training.narration import narrate
 from demo_training.pitch import median_f0
 from demo_training.recipe import Recipe, Report
 from gpa_codecs.audio import SAMPLE_RATE, Waveform
@@ -59,9 +60,7 @@ class _Session:
 
     def __init__(self, recipe: Recipe, report: Report, model: AsyncSpeechModel, total: int) -> None:
         texts = held_out_texts(max(2, round(_TEXTS * recipe.scale)), recipe.rng("gates"))
-        narrator = Narrator()
-        self.seen = record(narrator, texts, VOICES)
-        self.unseen = record(narrator, texts, UNSEEN_VOICES)
+        self.seen, self.unseen = (narrate(texts, voices) for voices in (VOICES, UNSEEN_VOICES))
         self.model = model
         self.judge = Judge()
         self.found: dict[str, dict[str, Any]] = {}

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from demo_training.corpus import VOICES, Narrator, record
+from demo_training.corpus import VOICES
 from demo_training.digits import training_texts
 from demo_training.encoding import Codes, glm_codes, semantic_codes
+from demo_training.narration import narrate
 from demo_training.recipe import Recipe, Report
 from gpa_codecs.files import replacing
 
@@ -48,12 +49,10 @@ def make_tokens(recipe: Recipe, report: Report) -> None:
     """Stage `tokens`: speak and encode the language model's corpus, part by part."""
     texts = training_texts(recipe.steps(_TEXTS), recipe.rng("tokens"))
     parts = [texts[start : start + _PART] for start in range(0, len(texts), _PART)]
-    narrator: Narrator | None = None
     files = [recipe.out / "work" / f"tokens-{number}.npz" for number in range(len(parts))]
     for number, (part, file) in enumerate(zip(parts, files, strict=True)):
         if not file.is_file():
-            narrator = narrator or Narrator()
-            spoken = record(narrator, part)
+            spoken = narrate(part)
             waves = [spoken.wave(index) for index in range(len(spoken))]
             TokenCorpus(part, semantic_codes(recipe, waves), glm_codes(recipe, waves)).save(file)
         report(number + 1, len(parts), {})
