@@ -23,7 +23,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the run; the checkpoint comes to OUT/checkpoint.")],
     stage: Annotated[
-        list[str] | None, typer.Option(help="Only this stage, and again if it is done; may be given several times.")
+        list[str] | None,
+        typer.Option(help="Only this stage; without --resume, from its beginning. May be given several times."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that OUT holds.")] = False,
     device: Annotated[str, typer.Option(help="Where networks train: cpu, cuda, cuda:N or mps.")] = "cpu",

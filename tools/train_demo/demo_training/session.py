@@ -53,9 +53,12 @@ def run(choices: Choices, console: Console) -> bool:
     """Run what is to be run. Returns whether every gate that was measured is reached. Raises GpaError."""
     _check(choices)
     _open_folder(choices)
-    names = choices.stages or tuple(name for name in STAGES if not STAGES[name].is_done(choices.out))
-    for name in choices.stages:
-        _forget(choices.out, STAGES[name])
+    names = choices.stages or tuple(STAGES)
+    if choices.resume or not choices.stages:
+        names = tuple(name for name in names if not STAGES[name].is_done(choices.out))
+    else:
+        for name in names:
+            _forget(choices.out, STAGES[name])
     with Progress(
         TextColumn("{task.description:38}"),
         BarColumn(bar_width=24),
