@@ -152,7 +152,7 @@ class Corpus:
     def wave(self, index: int) -> NDArray[np.float32]:
         """float32[320 * T]."""
         end = self.ends[index]
-        return self.pcm[end - self.lengths[index] : end].astype(np.float32) / 32768
+        return np.divide(self.pcm[end - self.lengths[index] : end], 32768, dtype=np.float32)
 
     def frame_labels(self, index: int) -> NDArray[np.int64]:
         """int64[T], phonemes of a recording."""

@@ -146,7 +146,7 @@ def conclude(recipe: Recipe, report: Report) -> None:
     gates = {
         "seed": recipe.seed,
         "scale": recipe.scale,
-        "commit": record_["commit"],
+        "commit": record_["stages"]["export"]["commit"],
         "judge": "pocketsphinx with a grammar of the ten digits",
         "voices": {voice.name: voice.f0 for voice in VOICES},
         "unseen_voices": {voice.name: voice.f0 for voice in UNSEEN_VOICES},
@@ -221,7 +221,7 @@ async def _speak(session: _Session) -> None:
 async def _spoken(session: _Session, asked: Sequence[tuple[str, Voice]], sampling: SamplingOverrides) -> list[Float32]:
     async def one(item: tuple[int, tuple[str, Voice]]) -> Float32:
         seed, (text, voice) = item
-        return await _pcm(session.model.synthesize(text, voice, seed=seed, **sampling))
+        return await _pcm(session.model.synthesize(text, voice, **{**sampling, "seed": seed}))
 
     return await _each(list(enumerate(asked)), one)
 
@@ -232,7 +232,7 @@ async def _converted(
     async def one(item: tuple[int, _Trial]) -> Float32:
         seed, trial = item
         source = Waveform(sources.wave(trial.source))
-        return await _pcm(session.model.convert(source, voices[trial.reference], seed=seed, **sampling))
+        return await _pcm(session.model.convert(source, voices[trial.reference], **{**sampling, "seed": seed}))
 
     return await _each(list(enumerate(session.trials)), one)
 

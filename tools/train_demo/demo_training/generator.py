@@ -15,7 +15,7 @@ from demo_training.initialization import initialize
 from demo_training.recipe import Recipe, Report, as_stored
 from demo_training.spectra import FLOOR, magnitudes, to_log_mel
 from demo_training.training import Losses, Optimization, cosine, train
-from gpa_codecs.bicodec.generator import Snake
+from gpa_codecs.bicodec.generator import ResidualUnit, Snake
 from gpa_codecs.bicodec.model import WaveDecoder
 from gpa_codecs.codec import HOP_LENGTH
 
@@ -58,7 +58,7 @@ class TrainingSnake(nn.Module):
 class TrainingResidual(nn.Module):
     """The product's residual unit adds in place."""
 
-    def __init__(self, unit: nn.Module) -> None:
+    def __init__(self, unit: ResidualUnit) -> None:
         super().__init__()
         self.block = unit.block
 
@@ -97,7 +97,7 @@ def _for_training(decoder: WaveDecoder) -> WaveDecoder:
     """Replace what works in place, under the same names."""
     for name, module in list(decoder.decoder.named_modules()):
         parent, _, leaf = name.rpartition(".")
-        if type(module).__name__ == "ResidualUnit":
+        if isinstance(module, ResidualUnit):
             setattr(decoder.decoder.get_submodule(parent), leaf, TrainingResidual(module))
     for name, module in list(decoder.decoder.named_modules()):
         parent, _, leaf = name.rpartition(".")

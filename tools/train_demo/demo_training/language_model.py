@@ -18,11 +18,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
-        self.config = config
-        self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.model.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
-        self.model.norm = _Norm(config.hidden_size, config.rms_norm_eps)
+        self.model = _Trunk(config)
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 # Branches are damped, so that the trunk's level does not grow with the depth (GPT-2).
@@ -32,15 +28,27 @@ class LanguageModel(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 (B, T) -> float32 (B, T, hidden_size), after the final norm. Padding goes to the right."""
-        hidden = self.model.embed_tokens(ids)
-        rotation = self._rotation(ids.shape[1], ids.device)
-        for layer in self.model.layers:
-            hidden = layer(hidden, rotation)
-        return self.model.norm(hidden)
+        return self.model(ids)
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Logits of the ids `rows` int64 (R): (..., hidden_size) -> (..., R)."""
         return hidden @ self.model.embed_tokens.weight[rows].T
+
+
+class _Trunk(nn.Module):
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = _Norm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embed_tokens(ids)
+        rotation = self._rotation(ids.shape[1], ids.device)
+        for layer in self.layers:
+            hidden = layer(hidden, rotation)
+        return self.norm(hidden)
 
     def _rotation(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         width = self.config.head_dim

@@ -60,6 +60,7 @@ def run_stage(stage: Stage, recipe: Recipe, show: Report) -> None:
     for folder in ("stages", "work", "logs"):
         (recipe.out / folder).mkdir(parents=True, exist_ok=True)
     log = recipe.out / "logs" / f"{stage.name}.jsonl"
+    code = commit()
     began = time.perf_counter()
     begin_cpu = time.process_time()
     last: dict[str, float] = {}
@@ -77,7 +78,7 @@ def run_stage(stage: Stage, recipe: Recipe, show: Report) -> None:
     run: Callable[[Recipe, Report], None] = getattr(importlib.import_module(f"demo_training.{module}"), function)
     run(recipe, report)
     summary = {
-        "commit": commit(),
+        "commit": code,
         "seconds": round(time.perf_counter() - began, 1),
         "cpu_seconds": round(time.process_time() - begin_cpu, 1),
         "figures": {name: round(value, 4) for name, value in last.items()},

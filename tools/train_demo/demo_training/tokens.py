@@ -30,12 +30,11 @@ class TokenCorpus:
 
     def save(self, path: Path) -> None:
         """Write everything to one .npz. Raises OSError."""
-        arrays = {"texts": np.array(json.dumps(self.texts))}
-        for name, codes in (("semantic", self.semantic), ("glm", self.glm)):
-            arrays[name] = np.concatenate(codes).astype(np.uint8)
-            arrays[f"{name}_ends"] = np.cumsum([len(row) for row in codes])
+        semantic, glm = (np.concatenate(codes).astype(np.uint8) for codes in (self.semantic, self.glm))
+        semantic_ends, glm_ends = (np.cumsum([len(row) for row in codes]) for codes in (self.semantic, self.glm))
+        texts = np.array(json.dumps(self.texts))
         with replacing(path) as file:
-            np.savez(file, **arrays)
+            np.savez(file, texts=texts, semantic=semantic, semantic_ends=semantic_ends, glm=glm, glm_ends=glm_ends)
 
     @classmethod
     def load(cls, path: Path) -> TokenCorpus:
