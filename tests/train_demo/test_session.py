@@ -71,6 +71,14 @@ def test_runs_a_stage_and_refuses_one_that_comes_too_early(recipe: Recipe) -> No
     summary = json.loads((recipe.out / "logs" / "semantic.json").read_text())
     assert summary["figures"]["loss"] > 0
     assert summary["seconds"] > 0
+    before = recipe.file("semantic.safetensors").stat().st_mtime_ns
+    kept = run("--out", recipe.out, "--scale", 0.002, "--stage", "semantic", "--resume")
+    assert kept.returncode == 0, kept.stderr
+    assert recipe.file("semantic.safetensors").stat().st_mtime_ns == before
+    again = run("--out", recipe.out, "--scale", 0.002, "--stage", "semantic")
+    assert again.returncode == 0, again.stderr
+    assert recipe.file("semantic.safetensors").stat().st_mtime_ns > before
+    assert not recipe.file("voice.safetensors").exists()
 
 
 def test_the_model_card_says_what_was_missed() -> None:

@@ -41,14 +41,15 @@ def test_every_voice_has_its_pitch(spoken: Corpus) -> None:
 
 
 def test_frames_have_the_phonemes_that_sound(spoken: Corpus) -> None:
+    vowels, silence = [], []
     for index in range(len(spoken)):
         wave, labels = spoken.wave(index), spoken.frame_labels(index)
         assert len(wave) == 320 * len(labels)
         level = np.sqrt(np.mean(wave.reshape(-1, 320) ** 2, axis=1))
         names = [spoken.phonemes[label] for label in labels]
-        vowels = np.isin(names, ["eI", "aI", "i:", "i@", "o@", "oU", "u:", "V"])
-        silent = np.isin(names, ["_", "_:"])
-        assert level[vowels].mean() > 4 * level[silent].mean()
+        vowels.append(level[np.isin(names, ["eI", "aI", "i:", "i@", "o@", "oU", "u:", "V"])])
+        silence.append(level[np.isin(names, ["_", "_:"])])
+    assert np.median(np.concatenate(vowels)) > 4 * np.median(np.concatenate(silence))
 
 
 def test_the_judge_hears_the_digits(spoken: Corpus) -> None:

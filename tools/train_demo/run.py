@@ -24,7 +24,10 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the run; the checkpoint comes to OUT/checkpoint.")],
     stage: Annotated[
         list[str] | None,
-        typer.Option(help="Only this stage; without --resume, from its beginning. May be given several times."),
+        typer.Option(
+            help="Only this stage, may be given several times. Without --resume it begins anew, and what was made from "
+            "its result is removed."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that OUT holds.")] = False,
     device: Annotated[str, typer.Option(help="Where networks train: cpu, cuda, cuda:N or mps.")] = "cpu",

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +57,8 @@ def run(choices: Choices, console: Console) -> bool:
     if choices.resume or not choices.stages:
         names = tuple(name for name in names if not STAGES[name].is_done(choices.out))
     else:
-        for name in names:
-            _forget(choices.out, STAGES[name])
+        for stage in _and_dependents(names):
+            _forget(choices.out, stage)
     with Progress(
         TextColumn("{task.description:38}"),
         BarColumn(bar_width=24),
@@ -107,10 +107,20 @@ def _open_folder(choices: Choices) -> None:
     write_atomically(path, content.encode())
 
 
+def _and_dependents(names: Sequence[str]) -> list[Stage]:
+    """These stages and all that were made from their results, which are out of date with them."""
+    found = set(names)
+    for stage in STAGES.values():  # what is needed comes before what needs it
+        if found & set(stage.needs):
+            found.add(stage.name)
+    return [STAGES[name] for name in STAGES if name in found]
+
+
 def _forget(out: Path, stage: Stage) -> None:
     """Remove a stage's result and what it had begun."""
     (out / stage.result).unlink(missing_ok=True)
-    (out / "logs" / f"{stage.name}.jsonl").unlink(missing_ok=True)
+    for suffix in (".jsonl", ".json"):
+        (out / "logs" / f"{stage.name}{suffix}").unlink(missing_ok=True)
     for begun in (out / "work").glob(f"{stage.name}[.-]*"):
         begun.unlink()
     if stage.name == "export":
