@@ -1,4 +1,4 @@
-"""Writing a speech domain into a checkpoint: clips as Ogg Vorbis, then the document that names them."""
+"""Writing a speech domain into a checkpoint: clips as Ogg Opus, then the document that names them."""
 
 from __future__ import annotations
 
@@ -80,16 +80,16 @@ def write_speech_domain(
 
 
 def _record(folder: Path, name: str, text: str, voice: str, speak: Speak) -> Clip:
-    content = ogg_vorbis(speak(text, voice))
+    content = ogg_opus(speak(text, voice))
     path = f"{CLIPS}/{name}.ogg"
     write_atomically(folder / path, content)
     return Clip(path, hashlib.sha256(content).hexdigest(), text)
 
 
-def ogg_vorbis(pcm: NDArray[np.floating]) -> bytes:
-    """float[N] at 16000 Hz as a file of Ogg Vorbis, the same bytes for the same samples."""
+def ogg_opus(pcm: NDArray[np.floating]) -> bytes:
+    """float[N] at 16000 Hz as a file of Ogg Opus, the same bytes for the same samples."""
     file = io.BytesIO()
-    soundfile.write(file, np.asarray(pcm, np.float32), SAMPLE_RATE, format="OGG", subtype="VORBIS")
+    soundfile.write(file, np.asarray(pcm, np.float32), SAMPLE_RATE, format="OGG", subtype="OPUS")
     return _with_serial(file.getvalue(), 1)
 
 

@@ -11,7 +11,6 @@ import asyncio
 from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from gpa_codecs.audio import AudioSource, Waveform, load_audio
 from gpa_codecs.codec import AudioTokens, Codes, Family, Voice
 from gpa_codecs.vocabulary import TokenSpace
 from gpa_engines.checkpoint.speech_domain import SpeechDomain
+from gpa_engines.checkpoint.speech_domain_writing import Speak
 from gpa_engines.engine import EngineInfo, GenerationRequest, GenerationUsage, TokenDelta
 from gpa_engines.lm_config import LMConfig
 
@@ -28,7 +28,7 @@ VOICE_STEP = 100
 
 
 class WordCodec:
-    """A SpeechCodec of one semantic code per word. narrator: speaks words in a voice of the domain.
+    """A SpeechCodec of one semantic code per word. speak: says words in a voice of the domain.
 
     foreign_voice: decode in the next voice, as an engine does that loses the speaker.
     """
@@ -37,9 +37,9 @@ class WordCodec:
     semantic_cardinality = 64
     glm_cardinality = 64
 
-    def __init__(self, domain: SpeechDomain, narrator: Any, *, foreign_voice: bool = False) -> None:
+    def __init__(self, domain: SpeechDomain, speak: Speak, *, foreign_voice: bool = False) -> None:
         self._domain = domain
-        self._narrator = narrator
+        self._speak = speak
         self._foreign = foreign_voice
         self._words = {
             self._key(load_audio(domain.clip_file(each.clip))): each.text.split() for each in domain.utterances
@@ -58,7 +58,7 @@ class WordCodec:
         number = voice.codes[0] // VOICE_STEP + self._foreign
         speaker = self._domain.voices[number % len(self._domain.voices)]
         words = [self._domain.words[code] for code in semantic]
-        pcm = np.concatenate([self._narrator.speak(text, speaker.name) for text in _breaths(words)])
+        pcm = np.concatenate([self._speak(text, speaker.name) for text in _breaths(words)])
         waveform = Waveform(pcm - pcm.mean())
         self._words[self._key(waveform)] = words
         return Waveform(pcm)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from demo_training.corpus import UNSEEN_VOICES, VOICES
+from demo_training.domain import narrating, write_digit_domain
 from gpa_conformance.baseline import Baseline, write_baseline
 from gpa_conformance.cases import load_cases, select
 from gpa_conformance.limits import load_limits
@@ -24,8 +26,8 @@ from gpa_conformance.speech.material import NO_DOMAIN, choose
 from gpa_conformance.target import Target
 from gpa_engines.checkpoint import Checkpoint
 from gpa_engines.checkpoint.speech_domain import SpeechDomain
+from gpa_engines.checkpoint.speech_domain_writing import Speak
 from tests.conformance.spoken_words import WordCodec, WordEngine
-from tools.speech_domain import SynthesizedVoice, write_digit_domain
 
 UTTERANCES = 8
 ALL = "speech"
@@ -33,14 +35,12 @@ GREEDY = "speech/stt,speech/tts,speech/vc"
 
 
 @pytest.fixture(scope="session")
-def narrator() -> Any:
+def speak() -> Speak:
     pytest.importorskip("espeakng_loader", reason="speech is synthesised with espeak-ng: pip install espeakng-loader")
-    from tools.speech_domain import VOICES, Narrator
-
-    return Narrator((*VOICES, UNSEEN))
+    return narrating((*VOICES, UNSEEN))
 
 
-UNSEEN = SynthesizedVoice("m3", "en-us+m3", 120.0)
+UNSEEN = UNSEEN_VOICES[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Studio:
     checkpoint: Checkpoint
     domain: SpeechDomain
     baseline: Baseline
-    narrator: Any
+    speak: Speak
 
     def run(
         self, engine: str, cases: str = ALL, *, dtype: str = "float32", codec: Any = None, **changes: Any
@@ -63,7 +63,7 @@ class Studio:
             limits=load_limits(),
             cases={case.id: case for case in load_cases()},
             space=self.checkpoint.token_space(),
-            make_codec=codec or (lambda: WordCodec(self.domain, self.narrator)),
+            make_codec=codec or (lambda: WordCodec(self.domain, self.speak)),
             isolate=False,
             domain=self.domain,
             utterances=UTTERANCES,
@@ -72,9 +72,9 @@ class Studio:
 
 
 @pytest.fixture(scope="module")
-def studio(narrator: Any, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Studio:
+def studio(speak: Speak, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Studio:
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("spoken") / "checkpoint"))
-    domain = write_digit_domain(folder, narrator.speak, UTTERANCES, unseen=(UNSEEN,))
+    domain = write_digit_domain(folder, speak, UTTERANCES, unseen=(UNSEEN,))
     checkpoint = Checkpoint.open(folder)
     cases = select(load_cases(), "speech")
     baseline = asyncio.run(
@@ -82,12 +82,12 @@ def studio(narrator: Any, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPa
             checkpoint,
             folder.parent / "baseline",
             WordEngine(folder),
-            lambda: WordCodec(domain, narrator),
+            lambda: WordCodec(domain, speak),
             cases,
             utterances=UTTERANCES,
         )
     )
-    return Studio(checkpoint, domain, baseline, narrator)
+    return Studio(checkpoint, domain, baseline, speak)
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_the_recogniser_catches_what_the_engine_does_not_hear(studio: Studio) ->
 
 @pytest.mark.usefixtures("without_recogniser")
 def test_another_speakers_voice_is_caught(studio: Studio) -> None:
-    report = studio.run("WordEngine", codec=lambda: WordCodec(studio.domain, studio.narrator, foreign_voice=True))
+    report = studio.run("WordEngine", codec=lambda: WordCodec(studio.domain, studio.speak, foreign_voice=True))
     assert failed(report) == {
         case: {"f0_share_high"} for case in ("speech/tts", "speech/tts-sampled", "speech/vc", "speech/vc-sampled")
     }
@@ -288,7 +288,7 @@ def test_a_bad_checkpoint_is_told_from_a_bad_engine(studio: Studio, tmp_path: Pa
             studio.checkpoint,
             tmp_path / "bad",
             Misreader(studio.checkpoint.root),
-            lambda: WordCodec(studio.domain, studio.narrator),
+            lambda: WordCodec(studio.domain, studio.speak),
             select(load_cases(), "speech/stt"),
             utterances=UTTERANCES,
         )

@@ -1,4 +1,4 @@
-"""tools/speech_domain.py: which texts of digits are held out, and the folder that it writes."""
+"""tools/train_demo/speech_domain.py: the folder that it writes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,9 @@ from pathlib import Path
 import pytest
 
 from gpa_engines.checkpoint.speech_domain import FILE_NAME, find_speech_domain
-from tools.speech_domain import held_out_texts, is_held_out
+from tests.train_demo.environment import RECIPE, environment
 
-TOOL = Path(__file__).parents[2] / "tools" / "speech_domain.py"
-
-
-def test_held_out_texts_are_distinct_and_of_every_length() -> None:
-    texts = [text for text, _ in zip(held_out_texts(), range(200), strict=False)]
-    assert len(set(texts)) == 200
-    assert all(map(is_held_out, texts))
-    assert {len(text.split()) for text in texts} == {3, 4, 5, 6}
-    assert not is_held_out("one two")
+TOOL = RECIPE / "speech_domain.py"
 
 
 def test_the_tool_writes_the_same_domain_twice(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -30,23 +22,24 @@ def test_the_tool_writes_the_same_domain_twice(tiny_checkpoint: Path, tmp_path: 
         folder = tmp_path / name
         folder.mkdir()
         shutil.copy(tiny_checkpoint / "config.json", folder)
-        command = [sys.executable, str(TOOL), str(folder), "--utterances", "5"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        command = [sys.executable, str(TOOL), str(folder), "--utterances", "5", "--unseen"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
         assert done.stdout.strip() == str(folder / FILE_NAME)
         contents.append({path.name: path.read_bytes() for path in folder.rglob("*.*")})
     assert contents[0] == contents[1]
     domain = find_speech_domain(tmp_path / "a")
     assert domain is not None
-    assert len(domain.utterances) == 5
+    assert len(domain.utterances) == 6
+    assert [voice.trained for voice in domain.voices] == [True] * 4 + [False] * 4
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("nowhere",), "no checkpoint: it has no config.json"), ((".", "--utterances", "0"), "expected 1 to 10000")],
+    [(("nowhere",), "no checkpoint: it has no config.json"), ((".", "--utterances", "0"), "--utterances")],
 )
 def test_the_tool_refuses_what_it_cannot_do(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     command = [sys.executable, str(TOOL), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment())
     assert done.returncode == 2
     assert message in done.stderr
