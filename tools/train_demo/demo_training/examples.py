@@ -20,7 +20,6 @@ Codes = NDArray[np.int64]
 CYCLE: tuple[Task, ...] = ("tts-a", "stt", "tts-a", "vc")
 """The tasks of successive steps."""
 
-_BATCH = 20
 _DIGITS = (0.07, 0.11, 0.16, 0.2, 0.22, 0.24)  # share of the steps for each length
 _SHORT = 3  # digits at most at first
 _SHORT_SHARE = 0.15
@@ -28,6 +27,8 @@ _WRITTEN_FORMS = 0.25
 # What is heard differs from what was learned: half of the prompts have some codes replaced, lost or doubled.
 _DISTURBED = 0.5
 _REPLACED, _MOVED = 0.03, 0.02
+# Where there is an echo: share of the texts that have one, and how often it is then taken.
+_ECHOED, _HEARD_AGAIN = 0.6, 0.8
 _FOREIGN_VOICE = 0.15  # share of the prompts with some global codes replaced
 _FOREIGN_CODES = 4
 
@@ -43,60 +44,75 @@ class Example:
 class Examples:
     """Draws batches of one task and one number of digits."""
 
-    def __init__(self, corpus: TokenCorpus, bank: Codes, space: TokenSpace) -> None:
-        """bank: int64[voices, clips, 32], global codes of each voice."""
-        self._corpus, self._bank, self._space = corpus, bank, space
+    def __init__(self, corpus: TokenCorpus, bank: Codes, space: TokenSpace, echo: TokenCorpus | None) -> None:
+        """bank: int64[voices, clips, 32], global codes of each voice. echo: the first texts of the corpus as the codec
+        has spoken them; where there is one, half of what is listened to is from it, and no length comes first.
+        """
+        self.space = space
+        self._corpus, self._bank, self._echo = corpus, bank, echo
         by_length: defaultdict[int, list[int]] = defaultdict(list)
         for index, text in enumerate(corpus.texts):
             by_length[len(text.split())].append(index)
         self._by_length = dict(by_length)
 
-    def batch(self, task: Task, share: float, rng: np.random.Generator) -> list[Example]:
+    def batch(self, task: Task, size: int, share: float, rng: np.random.Generator) -> list[Example]:
         """share: of the training that is done; it begins with short strings."""
-        longest = _SHORT if share < _SHORT_SHARE else LONGEST
+        longest = _SHORT if self._echo is None and share < _SHORT_SHARE else LONGEST
         weights = np.array([_DIGITS[count - 1] if count in self._by_length else 0 for count in range(1, longest + 1)])
         digits = 1 + int(rng.choice(longest, p=weights / weights.sum()))
-        texts = rng.choice(self._by_length[digits], size=_BATCH)
         make = {"stt": self._stt, "tts-a": self._tts, "vc": self._vc}[task]
-        return [make(int(text), rng) for text in texts]
+        return [make(self._text(digits, task, rng), rng) for _ in range(size)]
+
+    def _text(self, digits: int, task: Task, rng: np.random.Generator) -> int:
+        """Of so many digits; for a listening task half of them from those that have an echo."""
+        texts = self._by_length[digits]
+        if self._echo is not None and task != "tts-a" and rng.random() < _ECHOED:
+            texts = [text for text in texts if text < len(self._echo.texts)] or texts
+        return int(rng.choice(texts))
+
+    def _heard(self, text: int, rng: np.random.Generator) -> tuple[Codes, Codes]:
+        """Semantic and GLM codes of a text in any voice, recorded or spoken by the codec."""
+        row = self._row(text, int(rng.integers(len(VOICES))))
+        echoed = self._echo is not None and text < len(self._echo.texts) and rng.random() < _HEARD_AGAIN
+        corpus = self._echo if self._echo is not None and echoed else self._corpus
+        return corpus.semantic[row], corpus.glm[row]
 
     def _stt(self, text: int, rng: np.random.Generator) -> Example:
-        control = self._space.control
-        row = self._row(text, int(rng.integers(len(VOICES))))
-        semantic, glm = self._corpus.semantic[row], self._corpus.glm[row]
+        control = self.space.control
+        semantic, glm = self._heard(text, rng)
         if rng.random() < _DISTURBED:
-            semantic = _disturbed(semantic, self._space.semantic.size, rng)
-            glm = _disturbed(glm, self._space.glm.size, rng)
-        prompt = stt_prompt(self._space, AudioTokens(semantic=semantic, glm=glm, duration=0.0))
-        ids = self._space.encode_text(self._corpus.texts[text])
+            semantic = _disturbed(semantic, self.space.semantic.size, rng)
+            glm = _disturbed(glm, self.space.glm.size, rng)
+        prompt = stt_prompt(self.space, AudioTokens(semantic=semantic, glm=glm, duration=0.0))
+        ids = self.space.encode_text(self._corpus.texts[text])
         return Example(prompt, [*ids, control.end_content, control.im_end])
 
     def _tts(self, text: int, rng: np.random.Generator) -> Example:
         words = self._corpus.texts[text]
         written = written_form(words, rng) if rng.random() < _WRITTEN_FORMS else words
         voice = int(rng.integers(len(VOICES)))
-        prompt = tts_prompt(self._space, written, self._voice(voice, rng))
+        prompt = tts_prompt(self.space, written, self._voice(voice, rng))
         return Example(prompt, self._speech(self._row(text, voice)))
 
     def _vc(self, text: int, rng: np.random.Generator) -> Example:
-        source, target = (int(voice) for voice in rng.integers(len(VOICES), size=2))
-        semantic = self._corpus.semantic[self._row(text, source)]
+        target = int(rng.integers(len(VOICES)))
+        semantic, _ = self._heard(text, rng)
         if rng.random() < _DISTURBED:
-            semantic = _disturbed(semantic, self._space.semantic.size, rng)
-        prompt = vc_prompt(self._space, semantic, self._voice(target, rng))
+            semantic = _disturbed(semantic, self.space.semantic.size, rng)
+        prompt = vc_prompt(self.space, semantic, self._voice(target, rng))
         return Example(prompt, self._speech(self._row(text, target)))
 
     def _row(self, text: int, voice: int) -> int:
         return text * len(VOICES) + voice
 
     def _speech(self, row: int) -> list[int]:
-        return [*self._space.semantic.ids(self._corpus.semantic[row]), self._space.control.im_end]
+        return [*self.space.semantic.ids(self._corpus.semantic[row]), self.space.control.im_end]
 
     def _voice(self, voice: int, rng: np.random.Generator) -> Voice:
         codes = self._bank[voice, rng.integers(self._bank.shape[1])].copy()
         if rng.random() < _FOREIGN_VOICE:
             places = rng.integers(len(codes), size=rng.integers(1, _FOREIGN_CODES + 1))
-            codes[places] = rng.integers(self._space.global_.size, size=len(places))
+            codes[places] = rng.integers(self.space.global_.size, size=len(places))
         return Voice(tuple(codes.tolist()))
 
 

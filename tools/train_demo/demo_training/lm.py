@@ -17,8 +17,8 @@ from demo_training.tokens import TokenCorpus
 from demo_training.training import Losses, Optimization, cosine, train
 from gpa_codecs.vocabulary import TokenSpace
 
-_STEPS = 3600
-_RATE = 2e-3
+_STEPS, _RATE, _BATCH = 3600, 2e-3, 20
+_TUNING_STEPS, _TUNING_RATE, _TUNING_BATCH = 8000, 1.5e-3, 10
 _PENALTY = 1.2
 """Speech is sampled with this repetition penalty by default; a model that never met it stumbles over its own runs."""
 
@@ -26,18 +26,46 @@ _SAMPLED_GLOBALS = 64  # global codes that a step's softmax sees: no answer hold
 
 
 def train_lm(recipe: Recipe, report: Report) -> None:
-    """Stage `lm`: the language model."""
+    """Stage `lm`: the language model, on recordings; it begins with short strings."""
     geometry = Geometry.read(recipe.layout)
-    examples = Examples(
-        TokenCorpus.load(recipe.file("tokens.npz")), recipe.load("voice")["codes"].numpy(), geometry.space
-    )
     recipe.seed_torch("lm")
-    network = LanguageModel(geometry.lm).to(recipe.device)
-    steps = recipe.steps(_STEPS)
+    network = LanguageModel(geometry.lm)
+    examples = _examples(recipe, geometry, None)
+    _train(recipe, report, "lm", network, examples, recipe.steps(_STEPS), _RATE, _BATCH)
+
+
+def tune_lm(recipe: Recipe, report: Report) -> None:
+    """Stage `tuning`: goes on with that language model, on strings of any length, and where it listens on recordings
+    and on what the codec makes of them alike: it is to understand what it has spoken.
+    """
+    geometry = Geometry.read(recipe.layout)
+    network = LanguageModel(geometry.lm)
+    network.load_state_dict(recipe.load("lm"))
+    examples = _examples(recipe, geometry, TokenCorpus.load(recipe.file("echo.npz")))
+    _train(recipe, report, "tuning", network, examples, recipe.steps(_TUNING_STEPS), _TUNING_RATE, _TUNING_BATCH)
+
+
+def _examples(recipe: Recipe, geometry: Geometry, echo: TokenCorpus | None) -> Examples:
+    corpus = TokenCorpus.load(recipe.file("tokens.npz"))
+    return Examples(corpus, recipe.load("voice")["codes"].numpy(), geometry.space, echo)
+
+
+def _train(
+    recipe: Recipe,
+    report: Report,
+    name: str,
+    network: LanguageModel,
+    examples: Examples,
+    steps: int,
+    rate: float,
+    batch_size: int,
+) -> None:
+    network.to(recipe.device)
+    space = examples.space
 
     def losses(step: int, rng: np.random.Generator) -> Losses:
         task = CYCLE[step % len(CYCLE)]
-        batch = _Batch.of(examples.batch(task, step / steps, rng), geometry.space, rng).to(recipe.device)
+        batch = _Batch.of(examples.batch(task, batch_size, step / steps, rng), space, rng).to(recipe.device)
         # Products in bfloat16 take two thirds of the time on a CPU that has them.
         with torch.autocast(torch.device(recipe.device).type, torch.bfloat16):
             hidden = network(batch.ids)[batch.rows, batch.positions]
@@ -49,10 +77,10 @@ def train_lm(recipe: Recipe, report: Report) -> None:
             loss = (plain + F.cross_entropy(batch.penalized(logits), batch.targets)) / 2
         return {"loss": loss, task: plain, f"{task}_right": right}
 
-    optimization = Optimization(steps, _RATE, cosine, betas=(0.9, 0.98), weight_decay=0.05)
-    train(recipe, "lm", network, optimization, losses, report)
+    optimization = Optimization(steps, rate, cosine, betas=(0.9, 0.98), weight_decay=0.05)
+    train(recipe, name, network, optimization, losses, report)
     as_stored(network)
-    recipe.save("lm", network.state_dict())
+    recipe.save(name, network.state_dict())
 
 
 @dataclass(frozen=True, slots=True)

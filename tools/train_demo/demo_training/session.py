@@ -166,11 +166,11 @@ class _Session:
     def _start(self, stage: Stage, bar: TaskID) -> _Running:
         choices = self._choices
         options = {"out": choices.out, "seed": choices.seed, "scale": choices.scale}
-        options |= {"device": choices.device, "threads": choices.threads}
+        threads = choices.threads * (choices.processes if stage.alone else 1)
+        options |= {"device": choices.device, "threads": threads}
         command = [sys.executable, str(_STAGE_SCRIPT), stage.name]
         command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        threads = str(choices.threads)
-        environment = os.environ | _MALLOC | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+        environment = os.environ | _MALLOC | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         errors = TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed when the stage ends
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
         reader = Thread(target=self._read, args=(process, bar), daemon=True)

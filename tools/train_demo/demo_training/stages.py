@@ -18,7 +18,7 @@ from gpa_codecs.files import write_atomically
 @dataclass(frozen=True, slots=True)
 class Stage:
     """needs: stages that come before. entry: "module:function" of what runs. result: what it leaves, inside the run's
-    folder; a stage whose result is there is done.
+    folder; a stage whose result is there is done. alone: it has the threads of all that could run beside it.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Stage:
     entry: str
     result: str
     about: str
+    alone: bool = False
 
     def is_done(self, out: Path) -> bool:
         return (out / self.result).exists()
@@ -41,7 +42,11 @@ STAGES = {
         Stage("voice", ("semantic",), "voice:train_voice", "stages/voice.safetensors", "global codes"),
         Stage("lm", ("tokens", "voice"), "lm:train_lm", "stages/lm.safetensors", "language model"),
         Stage("generator", ("voice",), "generator:train_generator", "stages/generator.safetensors", "wave generator"),
-        Stage("export", ("lm", "generator"), "export:export", "checkpoint/model.safetensors", "released layout"),
+        Stage("echo", ("tokens", "generator"), "echo:make_echo", "stages/echo.npz", "codes of what the codec speaks"),
+        Stage(
+            "tuning", ("lm", "echo"), "lm:tune_lm", "stages/tuning.safetensors", "language model, longer", alone=True
+        ),
+        Stage("export", ("tuning",), "export:export", "checkpoint/model.safetensors", "released layout"),
         Stage("domain", ("export",), "domain:write_domain", "checkpoint/speech_domain.json", "held-out recordings"),
         Stage("listen", ("export",), "gates:listen", "stages/gates-listen.json", "gates: stt, codec, vc"),
         Stage("speak", ("export",), "gates:speak", "stages/gates-speak.json", "gates: tts-a"),
