@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from gpa_codecs.errors import BackendError
@@ -28,14 +29,15 @@ class ExpectedModel:
     """What the local folder and the caller know of the model that a server is to have.
 
     vocab_size, max_context: of config.json. end_ids: the model's own end ids, which a server may add to ours. dtype:
-    what the servers are said to compute in, or "auto". served_name: under which they have the model, None for the only
-    one.
+    what the servers are said to compute in, or "auto". folder: where the model is here; its weights, if it has them,
+    turn hidden states into logits. served_name: under which servers have the model, None for the only one.
     """
 
     vocab_size: int
     max_context: int
     end_ids: frozenset[int]
     dtype: str
+    folder: Path
     served_name: str | None = None
 
 

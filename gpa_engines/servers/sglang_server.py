@@ -50,12 +50,12 @@ async def open_engine(
     *,
     backend: str = "remote",
     sampling: SamplingMode = "native",
-    head: LMHead | None = None,
 ) -> SglangServer:
-    """Look at what the server has. Raises BackendError for a vocabulary that is not the expected one.
+    """Look at what the server has. Raises BackendError for a vocabulary that is not the expected one, CheckpointError
+    for weights here that are damaged.
 
     sampling: "rule" only for a server in whose environment gpa_engines is installed: where it is missing, the first
-    request ends the server. head: of the local checkpoint, for the logits.
+    request ends the server.
     """
     facts = SglangFacts.from_server_info(await _server_info(server))
     await _check_vocabulary(server, expected.vocab_size)
@@ -64,7 +64,7 @@ async def open_engine(
         facts,
         vocab_size=expected.vocab_size,
         sampling=sampling,
-        head=head,
+        head=LMHead.find(expected.folder, LMConfig.from_file(expected.folder / "config.json")),
         max_context=expected.max_context,
         dtype=None if expected.dtype == "auto" else expected.dtype,
         note=f"SGLang {kind.version or facts.version}",
@@ -90,14 +90,12 @@ def connect_server(
         max_context=min(config.max_position_embeddings, max_context or config.max_position_embeddings),
         end_ids=frozenset(),
         dtype=dtype,
+        folder=folder,
     )
-    head = LMHead.find(folder, config)
 
     async def opened() -> SglangServer:
         try:
-            return await open_engine(
-                server, ServerKind("sglang", ""), expected, backend="sglang", sampling=sampling, head=head
-            )
+            return await open_engine(server, ServerKind("sglang", ""), expected, backend="sglang", sampling=sampling)
         finally:
             await server.close()  # connections of this loop; the engine's own opens others
 

@@ -357,10 +357,12 @@ def test_the_rule_needs_a_server_that_takes_processors(tiny_checkpoint: Path) ->
         connect(server, tiny_checkpoint, "rule")
 
 
-def test_another_vocabulary_is_found_out_before_a_prompt_is_sent(server: FakeSglangServer, config: LMConfig) -> None:
+def test_another_vocabulary_is_found_out_before_a_prompt_is_sent(
+    server: FakeSglangServer, config: LMConfig, tiny_checkpoint: Path
+) -> None:
     async def opened(size: int) -> None:
         access = HttpServer(ServerAccess(server.url))
-        expected = ExpectedModel(size, config.max_position_embeddings, frozenset(), "float32")
+        expected = ExpectedModel(size, config.max_position_embeddings, frozenset(), "float32", tiny_checkpoint)
         try:
             await open_engine(access, ServerKind("sglang", ""), expected)
         finally:

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,14 @@ PROMPT = (1, 2, 3)
 
 
 def expected(**other: Any) -> ExpectedModel:
-    facts = {"vocab_size": VOCABULARY, "max_context": 32768, "end_ids": frozenset((50,)), "dtype": "auto", **other}
-    return ExpectedModel(**facts)
+    facts = {
+        "vocab_size": VOCABULARY,
+        "max_context": 32768,
+        "end_ids": frozenset((50,)),
+        "dtype": "auto",
+        "folder": Path(),
+    }
+    return ExpectedModel(**{**facts, **other})
 
 
 def use(

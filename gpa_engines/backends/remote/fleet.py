@@ -34,6 +34,7 @@ def build_engine(folder: Path, settings: FleetSettings) -> SpreadEngine:
         local.config.max_position_embeddings,
         local.end_ids,
         settings.dtype,
+        folder,
         settings.served_name,
     )
     servers = [HttpServer(access) for access in settings.servers]
