@@ -1,4 +1,4 @@
-"""Codes of what the codec makes of codes: what the checkpoint has spoken is heard again with other codes, a third of the
+"""Codes of what the codec makes of codes: what the checkpoint has spoken is heard with other codes, a third of the
 semantic ones.
 """
 

@@ -17,18 +17,12 @@ from gpa_codecs.vocabulary import TokenSpace
 
 Codes = NDArray[np.int64]
 
-CYCLE: tuple[Task, ...] = ("tts-a", "stt", "tts-a", "vc")
-"""The tasks of successive steps."""
-
 _DIGITS = (0.07, 0.11, 0.16, 0.2, 0.22, 0.24)  # share of the steps for each length
-_SHORT = 3  # digits at most at first
-_SHORT_SHARE = 0.15
 _WRITTEN_FORMS = 0.25
 # What is heard differs from what was learned: half of the prompts have some codes replaced, lost or doubled.
 _DISTURBED = 0.5
 _REPLACED, _MOVED = 0.03, 0.02
-# Where there is an echo: share of the texts that have one, and how often it is then taken.
-_ECHOED, _HEARD_AGAIN = 0.6, 0.8
+_HEARD_AGAIN = 0.8  # how often a text that has an echo is heard as that
 _FOREIGN_VOICE = 0.15  # share of the prompts with some global codes replaced
 _FOREIGN_CODES = 4
 
@@ -46,7 +40,7 @@ class Examples:
 
     def __init__(self, corpus: TokenCorpus, bank: Codes, space: TokenSpace, echo: TokenCorpus | None) -> None:
         """bank: int64[voices, clips, 32], global codes of each voice. echo: the first texts of the corpus as the codec
-        has spoken them; where there is one, half of what is listened to is from it, and no length comes first.
+        has spoken them.
         """
         self.space = space
         self._corpus, self._bank, self._echo = corpus, bank, echo
@@ -55,26 +49,30 @@ class Examples:
             by_length[len(text.split())].append(index)
         self._by_length = dict(by_length)
 
-    def batch(self, task: Task, size: int, share: float, rng: np.random.Generator) -> list[Example]:
-        """share: of the training that is done; it begins with short strings."""
-        longest = _SHORT if self._echo is None and share < _SHORT_SHARE else LONGEST
+    def batch(
+        self, task: Task, size: int, rng: np.random.Generator, *, longest: int = LONGEST, echoed: float = 0.0
+    ) -> list[Example]:
+        """longest: digits at most. echoed: share of what is listened to that is drawn from the texts with an echo."""
         weights = np.array([_DIGITS[count - 1] if count in self._by_length else 0 for count in range(1, longest + 1)])
         digits = 1 + int(rng.choice(longest, p=weights / weights.sum()))
         make = {"stt": self._stt, "tts-a": self._tts, "vc": self._vc}[task]
-        return [make(self._text(digits, task, rng), rng) for _ in range(size)]
-
-    def _text(self, digits: int, task: Task, rng: np.random.Generator) -> int:
-        """Of so many digits; for a listening task half of them from those that have an echo."""
         texts = self._by_length[digits]
-        if self._echo is not None and task != "tts-a" and rng.random() < _ECHOED:
-            texts = [text for text in texts if text < len(self._echo.texts)] or texts
-        return int(rng.choice(texts))
+        with_echo = [text for text in texts if self._has_echo(text)]
+        drawn = []
+        for _ in range(size):
+            from_echo = with_echo and task != "tts-a" and rng.random() < echoed
+            drawn.append(make(int(rng.choice(with_echo if from_echo else texts)), rng))
+        return drawn
+
+    def _has_echo(self, text: int) -> bool:
+        return self._echo is not None and text < len(self._echo.texts)
 
     def _heard(self, text: int, rng: np.random.Generator) -> tuple[Codes, Codes]:
         """Semantic and GLM codes of a text in any voice, recorded or spoken by the codec."""
         row = self._row(text, int(rng.integers(len(VOICES))))
-        echoed = self._echo is not None and text < len(self._echo.texts) and rng.random() < _HEARD_AGAIN
-        corpus = self._echo if self._echo is not None and echoed else self._corpus
+        corpus = self._corpus
+        if self._echo is not None and self._has_echo(text) and rng.random() < _HEARD_AGAIN:
+            corpus = self._echo
         return corpus.semantic[row], corpus.glm[row]
 
     def _stt(self, text: int, rng: np.random.Generator) -> Example:

@@ -9,18 +9,42 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from demo_training.digits import LONGEST
 from demo_training.dimensions import Geometry
-from demo_training.examples import CYCLE, Example, Examples
+from demo_training.examples import Example, Examples
 from demo_training.language_model import LanguageModel
 from demo_training.recipe import Recipe, Report, as_stored
 from demo_training.tokens import TokenCorpus
 from demo_training.training import Losses, Optimization, cosine, train
+from gpa_codecs.prompts import Task
 from gpa_codecs.vocabulary import TokenSpace
 
-_STEPS, _RATE, _BATCH = 3600, 2e-3, 20
-_TUNING_STEPS, _TUNING_RATE, _TUNING_BATCH = 8000, 1.5e-3, 10
+
+@dataclass(frozen=True, slots=True)
+class _Phase:
+    """One training of the language model. tasks: of successive steps. echoed: share of the texts that are listened to
+    that come from those with an echo. begins_short: strings of up to three digits come first.
+    """
+
+    steps: int
+    rate: float
+    batch: int
+    tasks: tuple[Task, ...]
+    echoed: float = 0.0
+    begins_short: bool = False
+
+
+_TASKS: tuple[Task, ...] = ("tts-a", "stt", "tts-a", "vc")
+_LM = _Phase(3600, 2e-3, 20, _TASKS, begins_short=True)
+_TUNING = _Phase(8000, 1.5e-3, 10, _TASKS, echoed=0.6)
+# Conversion converges last; its sources are recordings here.
+_FINISHING = _Phase(3000, 1e-3, 10, ("vc", "tts-a", "vc", "stt", "vc", "tts-a", "vc", "vc"), echoed=0.1)
+
 _PENALTY = 1.2
 """Speech is sampled with this repetition penalty by default; a model that never met it stumbles over its own runs."""
+
+_SHORT, _SHORT_SHARE = 3, 0.15
+"""Digits at most at first, and the share of the steps for which that holds."""
 
 _SAMPLED_GLOBALS = 64  # global codes that a step's softmax sees: no answer holds one, so a few are enough
 
@@ -30,19 +54,27 @@ def train_lm(recipe: Recipe, report: Report) -> None:
     geometry = Geometry.read(recipe.layout)
     recipe.seed_torch("lm")
     network = LanguageModel(geometry.lm)
-    examples = _examples(recipe, geometry, None)
-    _train(recipe, report, "lm", network, examples, recipe.steps(_STEPS), _RATE, _BATCH)
+    _train(recipe, report, "lm", network, _LM, _examples(recipe, geometry, None))
 
 
 def tune_lm(recipe: Recipe, report: Report) -> None:
     """Stage `tuning`: goes on with that language model, on strings of any length, and where it listens on recordings
     and on what the codec makes of them alike: it is to understand what it has spoken.
     """
+    _go_on(recipe, report, "tuning", _TUNING, "lm")
+
+
+def finish_lm(recipe: Recipe, report: Report) -> None:
+    """Stage `finishing`: goes on with the tuned one, and mostly with conversion."""
+    _go_on(recipe, report, "finishing", _FINISHING, "tuning")
+
+
+def _go_on(recipe: Recipe, report: Report, name: str, phase: _Phase, before: str) -> None:
     geometry = Geometry.read(recipe.layout)
     network = LanguageModel(geometry.lm)
-    network.load_state_dict(recipe.load("lm"))
+    network.load_state_dict(recipe.load(before))
     examples = _examples(recipe, geometry, TokenCorpus.load(recipe.file("echo.npz")))
-    _train(recipe, report, "tuning", network, examples, recipe.steps(_TUNING_STEPS), _TUNING_RATE, _TUNING_BATCH)
+    _train(recipe, report, name, network, phase, examples)
 
 
 def _examples(recipe: Recipe, geometry: Geometry, echo: TokenCorpus | None) -> Examples:
@@ -55,17 +87,17 @@ def _train(
     report: Report,
     name: str,
     network: LanguageModel,
+    phase: _Phase,
     examples: Examples,
-    steps: int,
-    rate: float,
-    batch_size: int,
 ) -> None:
     network.to(recipe.device)
-    space = examples.space
+    space, steps = examples.space, recipe.steps(phase.steps)
 
     def losses(step: int, rng: np.random.Generator) -> Losses:
-        task = CYCLE[step % len(CYCLE)]
-        batch = _Batch.of(examples.batch(task, batch_size, step / steps, rng), space, rng).to(recipe.device)
+        task = phase.tasks[step % len(phase.tasks)]
+        short = phase.begins_short and step < _SHORT_SHARE * steps
+        drawn = examples.batch(task, phase.batch, rng, longest=_SHORT if short else LONGEST, echoed=phase.echoed)
+        batch = _Batch.of(drawn, space, rng).to(recipe.device)
         # Products in bfloat16 take two thirds of the time on a CPU that has them.
         with torch.autocast(torch.device(recipe.device).type, torch.bfloat16):
             hidden = network(batch.ids)[batch.rows, batch.positions]
@@ -77,7 +109,7 @@ def _train(
             loss = (plain + F.cross_entropy(batch.penalized(logits), batch.targets)) / 2
         return {"loss": loss, task: plain, f"{task}_right": right}
 
-    optimization = Optimization(steps, rate, cosine, betas=(0.9, 0.98), weight_decay=0.05)
+    optimization = Optimization(steps, phase.rate, cosine, betas=(0.9, 0.98), weight_decay=0.05)
     train(recipe, name, network, optimization, losses, report)
     as_stored(network)
     recipe.save(name, network.state_dict())
