@@ -38,7 +38,8 @@ _TASKS: tuple[Task, ...] = ("tts-a", "stt", "tts-a", "vc")
 _LM = _Phase(3600, 2e-3, 20, _TASKS, begins_short=True)
 _TUNING = _Phase(8000, 1.5e-3, 10, _TASKS, echoed=0.6)
 # Conversion converges last; its sources are recordings here.
-_FINISHING = _Phase(3000, 1e-3, 10, ("vc", "tts-a", "vc", "stt", "vc", "tts-a", "vc", "vc"), echoed=0.1)
+_CONVERSION = _Phase(3000, 1e-3, 10, ("vc", "tts-a", "vc", "stt", "vc", "tts-a", "vc", "vc"), echoed=0.1)
+_FINISHING = _Phase(5000, 1e-3, 10, ("vc", "tts-a", "vc", "tts-a", "vc", "stt", "vc", "tts-a"), echoed=0.1)
 
 _PENALTY = 1.2
 """Speech is sampled with this repetition penalty by default; a model that never met it stumbles over its own runs."""
@@ -64,9 +65,14 @@ def tune_lm(recipe: Recipe, report: Report) -> None:
     _go_on(recipe, report, "tuning", _TUNING, "lm")
 
 
+def learn_conversion(recipe: Recipe, report: Report) -> None:
+    """Stage `conversion`: goes on with the tuned one, and mostly with conversion."""
+    _go_on(recipe, report, "conversion", _CONVERSION, "tuning")
+
+
 def finish_lm(recipe: Recipe, report: Report) -> None:
-    """Stage `finishing`: goes on with the tuned one, and mostly with conversion."""
-    _go_on(recipe, report, "finishing", _FINISHING, "tuning")
+    """Stage `finishing`: goes on with what speaks."""
+    _go_on(recipe, report, "finishing", _FINISHING, "conversion")
 
 
 def _go_on(recipe: Recipe, report: Report, name: str, phase: _Phase, before: str) -> None:

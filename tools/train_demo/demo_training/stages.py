@@ -47,7 +47,20 @@ STAGES = {
             "tuning", ("lm", "echo"), "lm:tune_lm", "stages/tuning.safetensors", "language model, longer", alone=True
         ),
         Stage(
-            "finishing", ("tuning",), "lm:finish_lm", "stages/finishing.safetensors", "language model, last", alone=True
+            "conversion",
+            ("tuning",),
+            "lm:learn_conversion",
+            "stages/conversion.safetensors",
+            "language model, conversion",
+            alone=True,
+        ),
+        Stage(
+            "finishing",
+            ("conversion",),
+            "lm:finish_lm",
+            "stages/finishing.safetensors",
+            "language model, speech",
+            alone=True,
         ),
         Stage("export", ("finishing",), "export:export", "checkpoint/model.safetensors", "released layout"),
         Stage("domain", ("export",), "domain:write_domain", "checkpoint/speech_domain.json", "held-out recordings"),
