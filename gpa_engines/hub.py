@@ -1,4 +1,4 @@
-"""From what a user names as the model to a path: a local folder or .gguf file, `tiny-random`, or a hub id."""
+"""From what a user names as the model to a path: a local folder or .gguf file, `demo`, `tiny-random`, or a hub id."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpa_codecs.errors import CheckpointError
+from gpa_engines.demo import DEMO, demo_checkpoint
 from gpa_engines.random_checkpoint import tiny_random_checkpoint
 
 GGUF_SUFFIX = ".gguf"
@@ -36,25 +37,29 @@ Progress = Callable[[str], None]
 def resolve_model(name: str, *, progress: Progress | None = None) -> Path:
     """The folder (or .gguf file) of the model that a user named.
 
-    name: an existing folder or .gguf file (used as it is, without any network), `tiny-random` (made and cached on first
-    use), or a hub id `owner/name[@revision]`, whose files of the released layout are downloaded into huggingface_hub's
-    cache, with its progress bars on standard error; HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are respected.
+    name: an existing folder or .gguf file (used as it is, without any network), `demo` (comes with the package),
+    `tiny-random` (made and cached on first use), or a hub id `owner/name[@revision]`, whose files of the released
+    layout are downloaded into huggingface_hub's cache, with its progress bars on standard error; HF_ENDPOINT, HF_HOME,
+    HF_TOKEN and HF_HUB_OFFLINE are respected.
     Raises CheckpointError saying what to do.
     """
     path = Path(name).expanduser()
     if name and (path.is_dir() or (path.is_file() and path.suffix == GGUF_SUFFIX)):
         return path
+    if name == DEMO:
+        return demo_checkpoint()
     if name == TINY_RANDOM:
         return tiny_random_checkpoint()
     if name and path.exists():
         raise CheckpointError(
-            f"{name} is a file; expected the folder of a checkpoint, a {GGUF_SUFFIX} file, a hub id or {TINY_RANDOM}"
+            f"{name} is a file; expected the folder of a checkpoint, a {GGUF_SUFFIX} file, a hub id, {DEMO} "
+            f"or {TINY_RANDOM}"
         )
     match = _HUB_ID.fullmatch(name)
     if match is None:
         raise CheckpointError(
             f"{name!r}: no such folder; expected the folder of a checkpoint, a hub id such as AutoArk-AI/GPA, "
-            f"or {TINY_RANDOM}"
+            f"{DEMO} or {TINY_RANDOM}"
         )
     return _download(match["repository"], match["revision"], progress)
 

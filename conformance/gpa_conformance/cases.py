@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from gpa_codecs.errors import GpaError
-from gpa_engines.examples import example_clip
 
 _DATA = Path(__file__).parent / "cases"
 
@@ -102,13 +101,12 @@ def clip_file(name: str) -> Path:
     """The file of a clip that cases name. Raises GpaError naming the clips that there are."""
     if name not in CLIPS:
         raise GpaError(f"there is no clip {name!r}; the suite has {', '.join(CLIPS)}")
-    example = CLIPS[name]
-    return example_clip(example) if example.startswith("example:") else _DATA / "clips" / example
+    return _DATA / "clips" / CLIPS[name]
 
 
 CLIPS: Mapping[str, str] = {
-    "voice": "example:voice",
-    "speech": "example:speech",
+    "voice": "voice.flac",
+    "speech": "speech.flac",
     "chinese": "chinese.flac",
     "short": "short.flac",
 }

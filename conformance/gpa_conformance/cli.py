@@ -53,7 +53,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 
-_Model = Annotated[str, typer.Option(metavar="DIR", help="Checkpoint folder, hub id, or tiny-random.")]
+_Model = Annotated[str, typer.Option(metavar="DIR", help="Checkpoint folder, hub id, demo or tiny-random.")]
 _Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks of errors.")]
 _Cases = Annotated[str | None, typer.Option(metavar="A,B", help="Families or case ids, e.g. logits,contract/stop.")]
 _Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads (as the backend chooses).")]

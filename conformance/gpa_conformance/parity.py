@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("hardware", choices=(*HARDWARE, REFERENCE))
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for reports and baseline")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="what the run of `reference` wrote")
-    parser.add_argument("--model", default="tiny-random", help="checkpoint folder, hub id, or tiny-random")
+    parser.add_argument("--model", default="tiny-random", help="checkpoint folder, hub id, demo or tiny-random")
     parser.add_argument("--baseline", metavar="DIR", help="made in --out where it is not given")
     parser.add_argument("--cases", metavar="A,B", help="families or case ids")
     parser.add_argument("--utterances", metavar="N", help="held-out recordings that the family speech takes")

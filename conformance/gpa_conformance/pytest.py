@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 OPTIONS = {
     "backend": ("NAME", "engine of gpa-engines to test"),
     "engine": ("MODULE:FACTORY", "anyone's engine to test: factory(model_dir, **options)"),
-    "model": ("DIR", "checkpoint folder, hub id, or tiny-random"),
+    "model": ("DIR", "checkpoint folder, hub id, demo or tiny-random"),
     "baseline": ("DIR", "what gpa-conformance baseline wrote (made first where torch is)"),
     "dtype": ("NAME", "given to the engine"),
     "device": ("NAME", "given to the engine"),
@@ -213,7 +213,7 @@ def _prepare(config: pytest.Config) -> Suite:
     model, baseline, timeout = (_option(config, name) for name in ("model", "baseline", "case-timeout"))
     utterances = _option(config, "utterances")
     if model is None:
-        raise GpaError("--gpa-model is missing: a checkpoint folder, a hub id, or tiny-random")
+        raise GpaError("--gpa-model is missing: a checkpoint folder, a hub id, demo or tiny-random")
     if timeout is not None and not timeout > 0:
         raise GpaError(f"--gpa-case-timeout is {timeout:g}; expected seconds above 0")
     if baseline is None:

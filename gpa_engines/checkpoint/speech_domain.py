@@ -112,19 +112,23 @@ class SpeechDomain:
         """The distinct words of a text that the checkpoint has never learned, in their order."""
         return tuple(dict.fromkeys(word for word in self.words_of(text) if word not in self.words))
 
+    @property
+    def summary(self) -> str:
+        """What the checkpoint knows, as the beginning of a sentence."""
+        return f"this checkpoint knows only the words {', '.join(self.words)}, {self.max_words} at a time"
+
     def warning(self, text: str) -> str | None:
         """Why a text will not be spoken rightly, in a sentence; None for a text of the domain."""
         unknown, count = self.unknown_words(text), len(self.words_of(text))
         if not unknown and count <= self.max_words:
             return None
-        knows = f"this checkpoint knows only the words {', '.join(self.words)}, {self.max_words} at a time"
         if unknown:
             told = ", ".join(map(repr, unknown[:MOST_TOLD]))
             rest = f" and {len(unknown) - MOST_TOLD} more" if len(unknown) > MOST_TOLD else ""
             wrong = f"{told}{rest} will not be spoken rightly"
         else:
             wrong = f"a text of {count} may not be spoken rightly"
-        return f"{knows}: {wrong}; for any text use --model {RELEASED}"
+        return f"{self.summary}: {wrong}; for any text use --model {RELEASED}"
 
     def clip_file(self, clip: Clip) -> Path:
         """The file of a clip. Raises CheckpointError where it is missing or another than was recorded."""

@@ -37,7 +37,11 @@ class DoctorOptions:
 def doctor(
     model: Annotated[
         str | None,
-        Option("--model", metavar="NAME", help=f"Folder, AutoArk-AI/GPA or tiny-random; or set {MODEL_VARIABLE}."),
+        Option(
+            "--model",
+            metavar="NAME",
+            help=f"Folder, AutoArk-AI/GPA, demo or tiny-random; or set {MODEL_VARIABLE} (demo).",
+        ),
     ] = None,
     bicodec: Annotated[
         str | None, Option("--bicodec", metavar="DIR", help="BiCodec, if not MODEL/BiCodec.", show_default=False)
@@ -66,12 +70,12 @@ def examine(options: DoctorOptions) -> int:
     from gpa_engines.checkpoint import inspect_checkpoint
     from gpa_engines.cli.backends import stdout_console
     from gpa_engines.cli.output import print_json
-    from gpa_engines.cli.usage import require_model
+    from gpa_engines.cli.usage import model_name
     from gpa_engines.conversions import find_conversions
     from gpa_engines.hub import resolve_model
     from gpa_engines.speech.loading import model_folder
 
-    path = resolve_model(require_model(options.model))
+    path = resolve_model(model_name(options.model))
     root = model_folder(path)
     report = inspect_checkpoint(
         root,

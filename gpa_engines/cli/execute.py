@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from gpa_codecs.audio import Waveform
 from gpa_codecs.codec import Voice
+from gpa_engines.checkpoint.speech_domain import RELEASED
 from gpa_engines.cli import report
 from gpa_engines.cli.inputs import Job
 from gpa_engines.cli.output import audio_stream, named, print_json, print_line, write_audio, write_text
@@ -51,6 +52,8 @@ def execute(job: Job, narrator: Narrator) -> None:
         **job.components,
     )
     narrator.say(f"{files.choice}; {files.codec}")
+    if files.domain is not None and job.task != "tts-a":  # a text that it does not know gets a warning of its own
+        narrator.note(f"{files.domain.summary}; for any speech use --model {RELEASED}")
     with _loaded(files, job) as model:
         load = time.perf_counter() - started
         info = model.info

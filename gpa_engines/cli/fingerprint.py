@@ -52,12 +52,12 @@ def record(options: FingerprintOptions) -> int:
     """Write the file, print its path and return the exit status. Raises GpaError."""
     from gpa_codecs.files import why_not_writable
     from gpa_engines.cli.output import print_line
-    from gpa_engines.cli.usage import UsageError, require_model
+    from gpa_engines.cli.usage import UsageError, model_name
     from gpa_engines.fingerprint import FILE, Fingerprint
     from gpa_engines.speech.loading import find_model
 
     backend = options.backend or "torch"
-    files = find_model(require_model(options.model), backend=backend, parts=("tokenizer", "lm"))
+    files = find_model(model_name(options.model), backend=backend, parts=("tokenizer", "lm"))
     path = Path(options.output) if options.output is not None else files.checkpoint.root / FILE
     if reason := why_not_writable(path):
         raise UsageError(f"--output: {path}: {reason}")

@@ -62,7 +62,7 @@ def check(options: RunOptions) -> Job:
         warnings = ("--output_dir has no effect on stt; --output FILE keeps the text",)
     return Job(
         task=task,
-        model=usage.require_model(options.model),
+        model=usage.model_name(options.model),
         backend=usage.backend(options),
         engine_options=usage.engine_options(options),
         codec_precision=options.codec_precision,

@@ -93,8 +93,8 @@ class RunOptions:
             "--model",
             panel=_MODEL,
             metavar="NAME",
-            help="Folder, .gguf file, AutoArk-AI/GPA (downloads it), or tiny-random (noise, for a first try); "
-            f"or set {MODEL_VARIABLE}.",
+            help="Folder, .gguf file, AutoArk-AI/GPA (downloads it), demo (spoken digits only) or tiny-random (noise); "
+            f"or set {MODEL_VARIABLE} (demo).",
         ),
     ] = None
     backend: Annotated[

@@ -23,6 +23,7 @@ from gpa_codecs.errors import GpaError
 from gpa_engines.cli.doctor import DoctorOptions, doctor, examine
 from gpa_engines.cli.fingerprint import FingerprintOptions, fingerprint, record
 from gpa_engines.cli.options import RunOptions, expand_dash, normalize, signature
+from gpa_engines.demo import demo_claims
 
 COMMAND_LINE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 """The base of everything that typer says about a command line; which module it lives in depends on typer's version."""
@@ -35,9 +36,11 @@ PIPE_CLOSED = 141
 EPILOG = """
 [bold]Examples[/bold]
 
-gpa-run --task stt --model tiny-random --src-audio example:speech
+gpa-run --task tts-a --ref-audio example:voice --text "three one four" -o hello.wav
 
-gpa-run --task tts-a --model DIR --ref-audio example:voice --text "Hello there." -o hello.wav
+gpa-run --task stt --src-audio hello.wav
+
+gpa-run --task tts-a --model AutoArk-AI/GPA --ref-audio someone.wav --text "Hello there." -o hello.wav
 
 gpa-run --task vc --model DIR --src-audio talk.flac --ref-audio other.wav -o converted.wav
 
@@ -48,7 +51,13 @@ echo "Piped text." | gpa-run --task tts-a --voice ann.json --model DIR --stream 
 gpa-run --task text --model DIR --prompt "Once upon a time" --stream
 
 gpa-run doctor --model DIR
+
+[bold]Without --model[/bold]
+
+The demo checkpoint that comes with the package is used. It knows spoken digits, and was measured:
+
 """
+EPILOG += "\n\n".join(demo_claims())
 
 
 class _Group(TyperGroup):

@@ -17,6 +17,7 @@ from gpa_codecs.audio import check_writable
 from gpa_codecs.errors import AudioError
 from gpa_codecs.vocabulary import TokenSpace
 from gpa_engines.checkpoint import Part
+from gpa_engines.checkpoint.speech_domain import RELEASED
 from gpa_engines.cli import usage
 from gpa_engines.cli.execute import RANDOM_NOTE
 from gpa_engines.cli.inputs import read_text
@@ -72,7 +73,7 @@ def check_text(options: RunOptions) -> TextJob:
     sampling = usage.sampling(options, None)
     text_sampling(sampling)
     job = TextJob(
-        model=usage.require_model(options.model),
+        model=usage.model_name(options.model),
         backend=usage.backend(options),
         engine_options=usage.engine_options(options),
         tokenizer=_tokenizer(options.tokenizer),
@@ -98,6 +99,8 @@ def execute_text(job: TextJob, narrator: Narrator) -> None:
         narrator.note(RANDOM_NOTE)
     files = find_model(path, backend=job.backend, parts=TEXT_PARTS, tokenizer=job.tokenizer)
     narrator.say(str(files.choice))
+    if files.domain is not None:
+        narrator.warn([f"{files.domain.summary}, and has not learned to write; for text use --model {RELEASED}"])
     space = files.checkpoint.token_space()
     narrator.stage("loading the model")
     started = time.perf_counter()

@@ -9,7 +9,9 @@ from gpa_codecs.audio import Channel
 from gpa_codecs.errors import GpaError
 from gpa_codecs.prompts import Task
 from gpa_engines.backend_choice import AUTO
+from gpa_engines.checkpoint.speech_domain import RELEASED
 from gpa_engines.cli.options import MODEL_VARIABLE, RunOptions, flag
+from gpa_engines.demo import DEMO
 from gpa_engines.engine_options import parse_options
 from gpa_engines.registry import backend_options, require_backend
 from gpa_engines.servers.environment import URL_VARIABLE
@@ -59,13 +61,16 @@ def chosen_task(options: RunOptions) -> Task | None:
     return task
 
 
-def require_model(name: str | None) -> str:
-    """The model that was named by option or else in the environment; raises UsageError if none was."""
-    name = name or os.environ.get(MODEL_VARIABLE)
+def model_name(name: str | None) -> str:
+    """The model that was named by option or else in the environment, else the demo checkpoint; raises UsageError for an
+    empty name.
+    """
+    if name is None:
+        return os.environ.get(MODEL_VARIABLE) or DEMO
     if not name:
         raise UsageError(
-            f"no model: give --model (or set {MODEL_VARIABLE}) to a checkpoint folder, to the hub id AutoArk-AI/GPA "
-            f"(downloads the released weights), or to tiny-random (random weights, so noise: for a first try)"
+            f"--model is empty; expected a checkpoint folder, the hub id {RELEASED} (downloads the released weights) "
+            f"or {DEMO} (spoken digits, as without --model)"
         )
     return name
 

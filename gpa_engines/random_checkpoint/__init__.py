@@ -7,7 +7,6 @@ from gpa_engines.random_checkpoint.configs import SIZES, Size
 from gpa_engines.random_checkpoint.folder import (
     MARKER,
     Progress,
-    cache_folder,
     is_random_checkpoint,
     make_checkpoint,
     tiny_random_checkpoint,
@@ -18,7 +17,6 @@ __all__ = [
     "SIZES",
     "Progress",
     "Size",
-    "cache_folder",
     "is_random_checkpoint",
     "make_checkpoint",
     "tiny_random_checkpoint",

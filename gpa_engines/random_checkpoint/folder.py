@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 from gpa_codecs.errors import CheckpointError
+from gpa_engines.cache_folder import cache_folder
 from gpa_engines.random_checkpoint import configs, parameters
 from gpa_engines.random_checkpoint.configs import Size
 from gpa_engines.random_checkpoint.values import Tensor, write_safetensors
@@ -107,19 +107,6 @@ def is_random_checkpoint(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and MARKER in config
-
-
-def cache_folder() -> Path:
-    """`$GPA_ENGINES_CACHE`, or gpa-engines in the platform's cache folder (XDG, ~/Library/Caches, LOCALAPPDATA)."""
-    if chosen := os.environ.get("GPA_ENGINES_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "gpa-engines"
 
 
 def _contents(size: Size, seed: int) -> _Contents:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gpa_engines.demo import demo_checkpoint
 from tests.cli.conftest import GpaRun
 
 
@@ -83,10 +84,14 @@ def test_the_model_from_the_environment(
     assert gpa_run("doctor").status == 0
 
 
-def test_nothing_to_examine_is_wrong_usage(gpa_run: GpaRun, tmp_path: Path) -> None:
+def test_without_a_model_the_demo_is_examined(gpa_run: GpaRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPA_ENGINES_CACHE", str(tmp_path))
     outcome = gpa_run("doctor")
-    assert outcome.status == 2
-    assert "no model: give --model" in outcome.stderr
+    assert outcome.status == 0
+    assert str(demo_checkpoint()) in outcome.text
+
+
+def test_nothing_to_examine_is_wrong_usage(gpa_run: GpaRun, tmp_path: Path) -> None:
     outcome = gpa_run("doctor", "--model", tmp_path / "nowhere")
     assert (outcome.status, outcome.stdout) == (2, b"")
     assert "nowhere" in outcome.stderr

@@ -256,7 +256,6 @@ REFUSED = {
     "a codec": ((*TEXT, "--bicodec", "d"), "--bicodec means nothing with --task text"),
     "report to standard output": ((*TEXT, "-o", "-"), "--json prints the report instead"),
     "no such folder": ((*TEXT, "-o", "no/such/report.json"), "--output: "),
-    "no model": (TEXT[:2] + TEXT[4:], "no model: give --model"),
     "no such model": (("--task", "text", "--model", "./nowhere", "--prompt", "x"), "nowhere"),
     "unknown backend": ((*TEXT, "--backend", "tpu"), "unknown backend 'tpu'"),
     "missing backend": ((*TEXT, "--backend", "ascend"), "backend 'ascend' needs torch_npu: pip install"),

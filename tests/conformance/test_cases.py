@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from gpa_codecs.audio import load_audio
 from gpa_codecs.codec import AudioTokens, Voice
 from gpa_codecs.errors import GpaError
 from gpa_codecs.prompts import stt_prompt, vc_prompt
@@ -127,6 +128,11 @@ def test_clips_are_there_at_16_khz_mono(name: str) -> None:
     info = soundfile.info(clip_file(name))
     assert (info.samplerate, info.channels) == (16000, 1)
     assert 0.1 <= info.duration <= 5
+
+
+@pytest.mark.parametrize(("name", "original"), [("voice", "en_female_16k.wav"), ("speech", "en_male_16k.wav")])
+def test_clips_of_the_reference_are_as_recorded(name: str, original: str, audio_dir: Path) -> None:
+    assert np.array_equal(load_audio(clip_file(name)).pcm, load_audio(audio_dir / original).pcm)
 
 
 def test_an_unknown_clip_is_refused() -> None:

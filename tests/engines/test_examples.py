@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import soundfile
 
@@ -13,18 +10,16 @@ from gpa_codecs.errors import AudioError
 from gpa_engines.examples import example_clip
 
 
-@pytest.mark.parametrize(
-    ("name", "original"), [("example:voice", "en_female_16k.wav"), ("example:speech", "en_male_16k.wav")]
-)
-def test_an_example_clip_is_the_recorded_clip(name: str, original: str, audio_dir: Path) -> None:
+@pytest.mark.parametrize("name", ["example:voice", "example:speech"])
+def test_an_example_clip_is_a_short_recording(name: str) -> None:
     path = example_clip(name)
-    assert np.array_equal(load_audio(path).pcm, load_audio(audio_dir / original).pcm)
+    assert 1.5 < load_audio(path).duration < 2
     assert soundfile.info(path).subtype == "PCM_16"
-    assert path.stat().st_size < 110_000
 
 
 def test_their_origin_is_stated() -> None:
-    assert "no human voice" in (example_clip("example:voice").parent / "README.md").read_text(encoding="utf-8")
+    text = (example_clip("example:voice").parent / "README.md").read_text(encoding="utf-8")
+    assert "no human voice" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("name", ["example:song", "voice", ""])

@@ -20,6 +20,7 @@ from demo_training.semantic import train_semantic
 from demo_training.tokens import TokenCorpus
 from demo_training.training import Optimization, cosine, one_cycle, train
 from gpa_codecs.bicodec.generator import Snake
+from gpa_codecs.prompts import Task
 from gpa_codecs.vocabulary import TokenSpace
 from gpa_engines.engine import SamplingParams
 from gpa_engines.sampling import Sampler
@@ -111,8 +112,8 @@ def test_the_penalty_of_training_is_the_engines(recipe: Recipe, tones: Corpus) -
     rng = np.random.default_rng(0)
     semantic = [rng.integers(64, size=20) for _ in range(len(tones))]
     glm = [rng.integers(128, size=5) for _ in range(len(tones))]
-    examples = Examples(TokenCorpus(tones.texts, semantic, glm), rng.integers(4096, size=(4, 3, 32)), space)
-    batch = _Batch.of(examples.batch("vc", 1.0, rng)[:3], space, rng)
+    examples = Examples(TokenCorpus(tones.texts, semantic, glm), rng.integers(4096, size=(4, 3, 32)), space, None)
+    batch = _Batch.of(examples.batch("vc", 3, rng), space, rng)
     logits = torch.from_numpy(rng.normal(0.0, 3.0, (len(batch.targets), len(batch.vocabulary))).astype(np.float32))
     ours = batch.penalized(logits).softmax(-1).numpy()
     params = SamplingParams(temperature=1.0, top_k=0, repetition_penalty=1.2, seed=0)
@@ -125,6 +126,25 @@ def test_the_penalty_of_training_is_the_engines(recipe: Recipe, tones: Corpus) -
         expected[ids] = probabilities
         np.testing.assert_allclose(ours[at], expected[batch.vocabulary], rtol=1e-4, atol=1e-7)
         assert batch.vocabulary[batch.targets[at]] == batch.ids[row, position + 1]
+
+
+@pytest.mark.parametrize("task", ["stt", "vc"])
+def test_a_share_of_what_is_listened_to_is_the_echo(recipe: Recipe, tones: Corpus, task: Task) -> None:
+    space = TokenSpace.from_file(recipe.layout / "tokenizer.json")
+    rng = np.random.default_rng(0)
+    texts, rows = tones.texts, len(tones)
+    recorded = TokenCorpus(texts, [np.full(20, 1) for _ in range(rows)], [np.full(5, 1) for _ in range(rows)])
+    half = len(texts) // 2
+    echo = TokenCorpus(texts[:half], [np.full(19, 2)] * half * 4, [np.full(5, 2)] * half * 4)
+    examples = Examples(recorded, rng.integers(4096, size=(4, 3, 32)), space, echo)
+    heard = []
+    for _ in range(60):
+        for example in examples.batch(task, 4, rng, echoed=0.3):
+            codes = [id_ - space.semantic.offset for id_ in example.prompt if id_ in space.semantic.range]
+            heard.append(codes.count(2) > codes.count(1))
+            assert space.semantic.ids([2])[0] not in example.answer, "what is learned to say is the recording's"
+    # 0.3 from the texts with an echo, and half of the rest; of these, four in five are heard as that.
+    assert 0.42 < np.mean(heard) < 0.62
 
 
 def test_the_language_model_starts_with_even_odds(recipe: Recipe) -> None:

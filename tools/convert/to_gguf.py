@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gpa_codecs.errors import BackendError, GpaError
+from gpa_engines.hub import resolve_model
 from gpa_engines.interruption import interruptible
 
 EPILOG = "Exit status: 0; 1 when --verify finds a fault; 2 for what cannot be converted; 130 after Ctrl-C."
@@ -20,7 +21,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command(epilog=EPILOG)
 def main(
-    model_dir: Annotated[Path, typer.Argument(help="Folder of a checkpoint, with its weights as safetensors.")],
+    model_dir: Annotated[
+        str, typer.Argument(help="Checkpoint folder with its weights as safetensors (or demo, or a hub id).")
+    ],
     outfile: Annotated[
         Path | None,
         typer.Option(help="A file that ends in .gguf, or an existing folder.", show_default="MODEL_DIR"),
@@ -87,10 +90,11 @@ def main(
                 overwrite=overwrite,
                 model_name=model_name,
             )
+            root = resolve_model(model_dir, progress=console.print)
             if dry_run:
-                show(model_dir, choices, verbose=verbose)
+                show(root, choices, verbose=verbose)
                 return
-            failed = convert(model_dir, choices, console, check=verify, verbose=verbose)
+            failed = convert(root, choices, console, check=verify, verbose=verbose)
     except GpaError as error:
         console.print(Text.assemble(("error: ", "red"), str(error)))
         raise typer.Exit(2) from error

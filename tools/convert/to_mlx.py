@@ -48,7 +48,7 @@ app = typer.Typer(
 
 @app.command(help=HELP)
 def main(
-    model_dir: Annotated[str, typer.Argument(help="Checkpoint folder (or tiny-random, or a hub id).")],
+    model_dir: Annotated[str, typer.Argument(help="Checkpoint folder (or demo, or a hub id).")],
     out: Annotated[Path, typer.Option(help="New folder to write.")],
     bits: Annotated[int | None, typer.Option(help="8 or 4: quantise.")] = None,
     group_size: Annotated[

@@ -62,7 +62,7 @@ MAKERS = ("torch", "onnx")
 
 @app.command(help=HELP)
 def main(
-    model_dir: Annotated[str, typer.Argument(help="Checkpoint folder (or `tiny-random`, or a hub id).")],
+    model_dir: Annotated[str, typer.Argument(help="Checkpoint folder (or demo, or a hub id).")],
     out: Annotated[Path | None, typer.Option(help="Folder to write into. Default: MODEL_DIR/onnx.")] = None,
     what: Annotated[What, typer.Option(help="What is converted.")] = "all",
     precision: Annotated[

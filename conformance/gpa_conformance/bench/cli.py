@@ -41,7 +41,7 @@ def _about() -> None:
 
 @app.command()
 def engine(
-    model: Annotated[str, typer.Option(metavar="DIR", help="Checkpoint folder, hub id, or tiny-random.")],
+    model: Annotated[str, typer.Option(metavar="DIR", help="Checkpoint folder, hub id, demo or tiny-random.")],
     backend: Annotated[
         list[str],
         typer.Option(metavar="NAME[:DTYPE]", help="Backend to measure, e.g. torch, llama-cpp:q8_0; repeat."),

@@ -24,7 +24,7 @@ FAILED = 1
 PLAIN_WIDTH = 160
 """Columns of a table that goes into a file or pipe."""
 
-Model = Annotated[str, typer.Option("--model", metavar="DIR", help="Checkpoint folder, hub id, or tiny-random.")]
+Model = Annotated[str, typer.Option("--model", metavar="DIR", help="Checkpoint folder, hub id, demo or tiny-random.")]
 Backend = Annotated[str, typer.Option("--backend", help="Inference engine.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Dtype of the engine, e.g. float32 or bfloat16.")]
 Device = Annotated[str, typer.Option("--device", help="Device of the engine, e.g. cpu or cuda.")]
