@@ -71,7 +71,7 @@ def find_model(
     glm_tokenizer: Path | None = None,
     tokenizer: Path | None = None,
 ) -> ModelFiles:
-    """The files of a model that is named by folder, .gguf file, hub id or "tiny-random".
+    """The files of a model that is named by folder, .gguf file, hub id, "demo" or "tiny-random".
 
     parts: of the checkpoint, that the tasks will read. codec: the folder of the codec where it is not the model's: a
     checkpoint, or what tools/convert/to_onnx.py wrote. codec_precision: of an exported codec's decoder. The rest
@@ -190,7 +190,7 @@ def open_model(
     tokenizer: Path | None = None,
     require: Collection[Part] = PARTS,
 ) -> Checkpoint:
-    """A checkpoint by folder, hub id or "tiny-random"; the other arguments are those of Checkpoint.open."""
+    """A checkpoint by folder, hub id, "demo" or "tiny-random"; the other arguments are those of Checkpoint.open."""
     return Checkpoint.open(
         resolve_model(str(model)), bicodec=bicodec, glm_tokenizer=glm_tokenizer, tokenizer=tokenizer, require=require
     )

@@ -63,7 +63,7 @@ class AsyncSpeechModel:
         codec_device: str = "auto",
         **engine_options: Any,
     ) -> AsyncSpeechModel:
-        """Load a checkpoint folder, a .gguf file, a hub id ("AutoArk-AI/GPA", which downloads it) or "tiny-random".
+        """Load a checkpoint folder, a .gguf file, "demo", "tiny-random" or a hub id, which downloads it.
 
         backend: "auto" takes the best one that is installed (see `gpa_engines.backend_choice`). tasks: what the model
         will be used for; the checkpoint may lack the parts that only other tasks need. codec: the codec's folder where
