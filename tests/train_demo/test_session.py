@@ -89,7 +89,7 @@ def test_the_model_card_says_what_was_missed() -> None:
     names += ("tts-a greedy", "tts-a sampled", "vc greedy", "vc sampled", "vc unseen sources")
     gates = {
         "seed": 3,
-        "commit": "abc",
+        "commits": ["abc"],
         "judge": "an ear",
         "voices": {"en-us+m1": 150.0},
         "reached": False,
@@ -105,3 +105,6 @@ def test_the_model_card_says_what_was_missed() -> None:
     assert "| tts-a, greedy | 5.0% [4.0%, 6.0%] | 1.0% | 90% | 0.30 |" in card
     reached = model_card({**gates, "reached": True})
     assert "Every gate is reached." in reached
+    assert "of gpa-engines at commit `abc`;" in reached
+    resumed = model_card({**gates, "commits": ["a" * 40, "b" * 40]})
+    assert "over the commits `aaaaaaa`, `bbbbbbb`, between which the run was resumed;" in resumed

@@ -154,7 +154,7 @@ def conclude(recipe: Recipe, report: Report) -> None:
     gates = {
         "seed": recipe.seed,
         "scale": recipe.scale,
-        "commit": record_["stages"]["export"]["commit"],
+        "commits": list(dict.fromkeys(stage["commit"] for stage in record_["stages"].values())),
         "judge": f"{measures['natural'].pop('judge')} with a grammar of the ten digits",
         "voices": {voice.name: voice.f0 for voice in VOICES},
         "unseen_voices": {voice.name: voice.f0 for voice in UNSEEN_VOICES},

@@ -55,12 +55,19 @@ def model_card(gates: dict[str, Any]) -> str:
         "",
         "## Where it comes from",
         "",
-        f"`python tools/train_demo/run.py --out DIR --seed {gates['seed']}` of gpa-engines at commit "
-        f"`{gates['commit']}`; `training.json` has the log, `gates.json` all figures. Apache-2.0, as gpa-engines "
-        "(`LICENSE`).",
+        f"`python tools/train_demo/run.py --out DIR --seed {gates['seed']}` of gpa-engines "
+        f"{_commits(gates['commits'])}; `training.json` has the log, `gates.json` all figures. "
+        "Apache-2.0, as gpa-engines (`LICENSE`).",
         "",
     ]
     return "\n".join(lines)
+
+
+def _commits(commits: list[str]) -> str:
+    if len(commits) == 1:
+        return f"at commit `{commits[0]}`"
+    told = ", ".join(f"`{commit[:7]}`" for commit in commits)
+    return f"over the commits {told}, between which the run was resumed"
 
 
 def _row(label: str, measure: dict[str, Any]) -> str:
