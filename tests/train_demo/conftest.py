@@ -72,7 +72,7 @@ def trained(tones: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         run_stage(STAGES[name], done, no_report)
     waves = [tones.wave(index) for index in range(len(tones))]
     TokenCorpus(tones.texts, semantic_codes(done, waves), glm_codes(done, waves)).save(done.file("tokens.npz"))
-    for name in ("lm", "generator", "echo", "tuning", "conversion", "finishing", "export"):
+    for name in ("lm", "generator", "echo", "tuning", "export"):
         run_stage(STAGES[name], done, no_report)
     return done
 

@@ -99,7 +99,7 @@ def test_the_engine_computes_the_logits_of_training(trained: Recipe, checkpoint:
     import anyio
 
     network = LanguageModel(Geometry.read(trained.layout).lm)
-    network.load_state_dict(trained.load("finishing"))
+    network.load_state_dict(trained.load("tuning"))
     ids = np.random.default_rng(0).integers(checkpoint.config.vocab_size, size=60).tolist()
     with torch.inference_mode():
         expected = network.logits(network(torch.tensor([ids])), torch.arange(checkpoint.config.vocab_size))[0].numpy()
@@ -129,9 +129,9 @@ def test_the_frozen_speaker_encoder_compresses(checkpoint: Checkpoint) -> None:
 def test_says_how_it_was_made(checkpoint: Checkpoint) -> None:
     record = json.loads((checkpoint.root / "training.json").read_text())
     assert record["seed"] == 0
-    stages = {"semantic", "glm", "voice", "lm", "generator", "echo", "tuning", "conversion", "finishing"}
+    stages = {"semantic", "glm", "voice", "lm", "generator", "echo", "tuning"}
     assert stages <= record["stages"].keys()
-    for stage in ("semantic", "glm", "lm", "generator", "tuning", "finishing"):
+    for stage in ("semantic", "glm", "lm", "generator", "tuning"):
         assert record["stages"][stage]["curve"][0]["loss"] > 0
         assert record["stages"][stage]["commit"]
     assert "Apache License" in (checkpoint.root / "LICENSE").read_text()

@@ -42,9 +42,9 @@ def main(
     released layout and measure it.
 
     Needs pip install 'gpa-engines[train]'. The stages are corpus, semantic, glm, tokens, voice, lm, generator, echo,
-    tuning, conversion, finishing, export, domain, listen, speak and gates; each leaves its result in OUT/stages or
-    OUT/checkpoint and its log in OUT/logs. A run that was interrupted goes on with --resume, inside a stage too. The
-    same seed, threads and machine give the same weights.
+    tuning, export, domain, listen, speak and gates; each leaves its result in OUT/stages or OUT/checkpoint and its log
+    in OUT/logs. A run that was interrupted goes on with --resume, inside a stage too. The same seed, threads and
+    machine give the same weights.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     # A run that is told to end takes its stages with it, as with Ctrl-C.

@@ -56,7 +56,7 @@ def export(recipe: Recipe, report: Report) -> None:
     shutil.copytree(recipe.layout, folder)
     layout = Layout.find(folder)
     networks = {
-        layout.root: _Network(parameters.language_model(language_model()), recipe.load("finishing")),
+        layout.root: _Network(parameters.language_model(language_model()), recipe.load("tuning")),
         layout.bicodec_dir: _Network(
             parameters.bicodec(bicodec(), dtype="BF16"),
             {

@@ -15,7 +15,7 @@ from demo_training.examples import Example, Examples
 from demo_training.language_model import LanguageModel
 from demo_training.recipe import Recipe, Report, as_stored
 from demo_training.tokens import TokenCorpus
-from demo_training.training import Losses, Optimization, cosine, train
+from demo_training.training import Losses, Optimization, Schedule, cosine, plateau, train
 from gpa_codecs.prompts import Task
 from gpa_codecs.vocabulary import TokenSpace
 
@@ -27,19 +27,18 @@ class _Phase:
     """
 
     steps: int
-    rate: float
-    batch: int
+    schedule: Schedule
     tasks: tuple[Task, ...]
     echoed: float = 0.0
     begins_short: bool = False
 
 
-_TASKS: tuple[Task, ...] = ("tts-a", "stt", "tts-a", "vc")
-_LM = _Phase(3600, 2e-3, 20, _TASKS, begins_short=True)
-_TUNING = _Phase(8000, 1.5e-3, 10, _TASKS, echoed=0.6)
-# Conversion converges last; its sources are recordings here.
-_CONVERSION = _Phase(3000, 1e-3, 10, ("vc", "tts-a", "vc", "stt", "vc", "tts-a", "vc", "vc"), echoed=0.1)
-_FINISHING = _Phase(5000, 1e-3, 10, ("vc", "tts-a", "vc", "tts-a", "vc", "stt", "vc", "tts-a"), echoed=0.1)
+_LM = _Phase(4000, plateau, ("tts-a", "stt", "tts-a", "vc"), begins_short=True)
+# Conversion converges last, stt first.
+_TUNING = _Phase(12000, cosine, ("vc", "tts-a", "vc", "stt", "tts-a", "vc", "tts-a", "stt"), echoed=0.4)
+
+_BATCH = 10  # examples: small batches learn more per second
+_RATE, _MUON_RATE = 2e-3, 4e-3
 
 _PENALTY = 1.2
 """Speech is sampled with this repetition penalty by default; a model that never met it stumbles over its own runs."""
@@ -62,25 +61,11 @@ def tune_lm(recipe: Recipe, report: Report) -> None:
     """Stage `tuning`: goes on with that language model, on strings of any length, and where it listens on recordings
     and on what the codec makes of them alike: it is to understand what it has spoken.
     """
-    _go_on(recipe, report, "tuning", _TUNING, "lm")
-
-
-def learn_conversion(recipe: Recipe, report: Report) -> None:
-    """Stage `conversion`: goes on with the tuned one, and mostly with conversion."""
-    _go_on(recipe, report, "conversion", _CONVERSION, "tuning")
-
-
-def finish_lm(recipe: Recipe, report: Report) -> None:
-    """Stage `finishing`: goes on with what speaks."""
-    _go_on(recipe, report, "finishing", _FINISHING, "conversion")
-
-
-def _go_on(recipe: Recipe, report: Report, name: str, phase: _Phase, before: str) -> None:
     geometry = Geometry.read(recipe.layout)
     network = LanguageModel(geometry.lm)
-    network.load_state_dict(recipe.load(before))
+    network.load_state_dict(recipe.load("lm"))
     examples = _examples(recipe, geometry, TokenCorpus.load(recipe.file("echo.npz")))
-    _train(recipe, report, name, network, phase, examples)
+    _train(recipe, report, "tuning", network, _TUNING, examples)
 
 
 def _examples(recipe: Recipe, geometry: Geometry, echo: TokenCorpus | None) -> Examples:
@@ -102,7 +87,7 @@ def _train(
     def losses(step: int, rng: np.random.Generator) -> Losses:
         task = phase.tasks[step % len(phase.tasks)]
         short = phase.begins_short and step < _SHORT_SHARE * steps
-        drawn = examples.batch(task, phase.batch, rng, longest=_SHORT if short else LONGEST, echoed=phase.echoed)
+        drawn = examples.batch(task, _BATCH, rng, longest=_SHORT if short else LONGEST, echoed=phase.echoed)
         batch = _Batch.of(drawn, space, rng).to(recipe.device)
         # Products in bfloat16 take two thirds of the time on a CPU that has them.
         with torch.autocast(torch.device(recipe.device).type, torch.bfloat16):
@@ -115,7 +100,9 @@ def _train(
             loss = (plain + F.cross_entropy(batch.penalized(logits), batch.targets)) / 2
         return {"loss": loss, task: plain, f"{task}_right": right}
 
-    optimization = Optimization(steps, phase.rate, cosine, betas=(0.9, 0.98), weight_decay=0.05)
+    optimization = Optimization(
+        steps, _RATE, phase.schedule, betas=(0.9, 0.98), weight_decay=0.05, muon_rate=_MUON_RATE
+    )
     train(recipe, name, network, optimization, losses, report)
     as_stored(network)
     recipe.save(name, network.state_dict())

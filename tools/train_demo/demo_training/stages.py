@@ -46,23 +46,7 @@ STAGES = {
         Stage(
             "tuning", ("lm", "echo"), "lm:tune_lm", "stages/tuning.safetensors", "language model, longer", alone=True
         ),
-        Stage(
-            "conversion",
-            ("tuning",),
-            "lm:learn_conversion",
-            "stages/conversion.safetensors",
-            "language model, conversion",
-            alone=True,
-        ),
-        Stage(
-            "finishing",
-            ("conversion",),
-            "lm:finish_lm",
-            "stages/finishing.safetensors",
-            "language model, speech",
-            alone=True,
-        ),
-        Stage("export", ("finishing",), "export:export", "checkpoint/model.safetensors", "released layout"),
+        Stage("export", ("tuning",), "export:export", "checkpoint/model.safetensors", "released layout"),
         Stage("domain", ("export",), "domain:write_domain", "checkpoint/speech_domain.json", "held-out recordings"),
         Stage("listen", ("export",), "gates:listen", "stages/gates-listen.json", "gates: stt, codec, vc"),
         Stage("speak", ("export",), "gates:speak", "stages/gates-speak.json", "gates: tts-a"),

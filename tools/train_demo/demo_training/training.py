@@ -21,13 +21,15 @@ Schedule = Callable[[float], float]
 
 _SAVE_EVERY = 60.0  # seconds
 _REPORT_EVERY = 20  # steps
+_RISE = 0.02  # share of the steps
 
 
 @dataclass(frozen=True, slots=True)
 class Optimization:
-    """AdamW (Loshchilov & Hutter 2019) for a number of steps; schedule: share of the steps done -> factor on the rate.
+    """AdamW (Loshchilov & Hutter 2019) for a number of steps; schedule: share of the steps done -> factor on the rates.
 
-    clip: largest norm of the gradient.
+    muon_rate: that of Muon (Jordan et al. 2024), which then trains the matrices of linear layers instead; rate holds
+    for the rest. clip: largest norm of the gradient.
     """
 
     steps: int
@@ -36,6 +38,7 @@ class Optimization:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     clip: float = 1.0
+    muon_rate: float | None = None
 
 
 def train(
@@ -53,25 +56,20 @@ def train(
     weights as one that was not.
     """
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim > 1]
-    vectors = [parameter for parameter in trained if parameter.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-        lr=optimization.rate,
-        betas=optimization.betas,
-        weight_decay=optimization.weight_decay,
-    )
-    saves = _Saves(recipe, name, network, optimizer)
+    optimizers = _optimizers(network, trained, optimization)
+    saves = _Saves(recipe, name, network, [optimizer for optimizer, _ in optimizers])
     network.train()
     figures: defaultdict[str, list[float]] = defaultdict(list)
     for step in range(saves.restore(), optimization.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = optimization.rate * optimization.schedule(step / optimization.steps)
         found = losses(step, recipe.rng(name, "step", step))
-        optimizer.zero_grad(set_to_none=True)
+        network.zero_grad(set_to_none=True)
         found["loss"].backward()
         nn.utils.clip_grad_norm_(trained, optimization.clip)
-        optimizer.step()
+        factor = optimization.schedule(step / optimization.steps)
+        for optimizer, rate in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+            optimizer.step()
         for key, value in found.items():
             figures[key].append(float(value.detach()))
         if (step + 1) % _REPORT_EVERY == 0 or step + 1 == optimization.steps:
@@ -81,16 +79,50 @@ def train(
     network.eval()
 
 
+def _optimizers(
+    network: nn.Module, trained: list[nn.Parameter], optimization: Optimization
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Each with its rate."""
+    linear = {id(module.weight) for module in network.modules() if isinstance(module, nn.Linear)}
+    by_muon = [parameter for parameter in trained if optimization.muon_rate and id(parameter) in linear]
+    taken = {id(parameter) for parameter in by_muon}
+    rest = [parameter for parameter in trained if id(parameter) not in taken]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [parameter for parameter in rest if parameter.ndim > 1]},
+            {"params": [parameter for parameter in rest if parameter.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=optimization.rate,
+        betas=optimization.betas,
+        weight_decay=optimization.weight_decay,
+    )
+    found: list[tuple[torch.optim.Optimizer, float]] = [(adamw, optimization.rate)]
+    if optimization.muon_rate:
+        # Scaled so that its steps are as long as AdamW's (Liu et al. 2025).
+        muon = torch.optim.Muon(
+            by_muon,
+            lr=optimization.muon_rate,
+            weight_decay=optimization.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        found.append((muon, optimization.muon_rate))
+    return found
+
+
 def one_cycle(share: float) -> float:
     """Up for a quarter of the steps, then down to nothing, both as a cosine (Smith & Topin 2019)."""
     rise = 0.25
     return _half_cosine(1 - share / rise) if share < rise else _half_cosine((share - rise) / (1 - rise))
 
 
+def plateau(share: float) -> float:
+    """A short linear rise, then level: for a training that another one goes on with."""
+    return min(1.0, (share + 1e-3) / (_RISE + 1e-3))
+
+
 def cosine(share: float) -> float:
     """A short linear rise, then down to a hundredth as a cosine."""
-    rise = 0.02
-    return (share + 1e-3) / (rise + 1e-3) if share < rise else 0.01 + 0.99 * _half_cosine((share - rise) / (1 - rise))
+    return plateau(share) if share < _RISE else 0.01 + 0.99 * _half_cosine((share - _RISE) / (1 - _RISE))
 
 
 def _half_cosine(share: float) -> float:
@@ -100,9 +132,10 @@ def _half_cosine(share: float) -> float:
 class _Saves:
     """The state of a training in `work/NAME.pt`, from time to time."""
 
-    def __init__(self, recipe: Recipe, name: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, recipe: Recipe, name: str, network: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         self._path = recipe.out / "work" / f"{name}.pt"
-        self._parts: dict[str, Any] = {"network": network, "optimizer": optimizer}
+        self._parts: dict[str, Any] = {"network": network}
+        self._parts |= {f"optimizer {number}": optimizer for number, optimizer in enumerate(optimizers)}
         self._device = recipe.device
         self._saved = time.monotonic()
 
