@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -105,12 +105,17 @@ def create_engine(name: str, model_dir: str | Path, **options: Any) -> Engine:
     Raises BackendError for an unknown, uninstalled or wrongly configured backend and CheckpointError for a damaged
     checkpoint. An option that the backend does not have is refused, never ignored.
     """
+    check_options(name, options)
+    return _factory(BACKENDS[name])(Path(model_dir), **options)
+
+
+def check_options(name: str, options: Iterable[str]) -> None:
+    """Raise BackendError where a backend cannot be had here, or lacks one of these options."""
     create = _factory(require_backend(name))
     known = _options(create)
     for option in () if _takes_others(create) else options:
         if option not in known:
             raise BackendError(f"backend {name!r} has no option {option!r}; its options: {', '.join(known)}")
-    return create(Path(model_dir), **options)
 
 
 def _factory(backend: Backend) -> Callable[..., Engine]:

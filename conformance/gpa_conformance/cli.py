@@ -118,7 +118,8 @@ def run(
     checkpoint, problem = open_checkpoint(model)
     named = {"dtype": dtype, "device": device, "threads": threads}
     options = {name: value for name, value in named.items() if value is not None}
-    target = make_target(checkpoint.root, backend=backend, engine=engine, options=options | parse_options(option))
+    given = parse_options(option, {name: f"--{name}" for name in named})
+    target = make_target(checkpoint.root, backend=backend, engine=engine, options=options | given)
     make_codec, no_codec = find_codec(checkpoint, problem, codec)
     domain = find_speech_domain(checkpoint.root)
 

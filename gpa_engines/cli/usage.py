@@ -106,13 +106,7 @@ def engine_options(options: RunOptions) -> dict[str, Any]:
             raise UsageError(f"{flag(name)} is {value}; expected at least 1")
     known = (*ENGINE_OPTIONS, *SERVER_OPTIONS)
     named = {name: value for name in known if (value := getattr(options, name)) is not None}
-    others = parse_options(options.option or ())
-    for name in others:
-        if name in known:
-            raise UsageError(f"--option {name}=...: {flag(name)} is the option for it")
-        if name == "key":
-            raise UsageError("--option key=...: a key on a command line is seen by everybody; use --key-file")
-    return named | others
+    return named | parse_options(options.option or (), {name: flag(name) for name in known})
 
 
 def channel(options: RunOptions) -> Channel:

@@ -171,6 +171,10 @@ def test_a_child_that_takes_too_long_is_ended_and_reported(
         (["--head", "half"], "head is 'half'"),
         (["--json", "no/such/folder/result.json"], "does not exist"),
         (["--repeats", "many"], "--repeats"),
+        (["--option", "max_batch"], "expected key=value"),
+        (["--option", "nonsense=1"], "backend 'torch' has no option 'nonsense'; its options: device"),
+        (["--option", "mlx:max_batch=1"], "an option is for backend 'mlx', which is not among those to measure: torch"),
+        (["--option", "torch:threads=2"], "--threads is the option for it"),
     ],
 )
 def test_bad_input_exits_with_2_before_anything_is_loaded(
@@ -239,6 +243,16 @@ def test_a_backend_may_be_named_with_a_dtype_of_its_own(tiny_checkpoint: Path, t
     assert cli.main(["engine", "--model", str(tiny_checkpoint), *SMALL, *chosen]) == 0
     values = json.loads(target.read_text(encoding="utf-8"))
     assert [each["name"] for each in values["contenders"]] == ["torch/bfloat16", "torch/float32"]
+
+
+def test_options_go_to_every_backend_and_to_the_named_one(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "result.json"
+    chosen = ["--option", "prefill_chunk=7", "--option", "torch:max_batch=3", "--no-codec", "--json", str(target)]
+    assert cli.main(["engine", "--model", str(tiny_checkpoint), *SMALL, *chosen]) == 0
+    values = json.loads(target.read_text(encoding="utf-8"))
+    assert values["settings"]["options"] == {"": {"prefill_chunk": 7}, "torch": {"max_batch": 3}}
+    options = contender(values, "torch/float32")["options"]
+    assert (options["prefill_chunk"], options["max_batch"]) == (7, 3)
 
 
 def test_the_codec_is_measured_in_torch_and_onnx_side_by_side(

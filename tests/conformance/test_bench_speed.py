@@ -28,6 +28,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 @pytest.fixture(scope="module")
 def speed(tiny_checkpoint: Path) -> tuple[str | Path, ...]:
     small = ("--num-iters", "3", "--max-new-tokens", "8", "--warm-up", "1", "--threads", "1")
+    small += ("--option", "prefill_chunk=5")
     return "speed", "--model", tiny_checkpoint, *small
 
 
@@ -111,6 +112,8 @@ def test_the_document_has_every_sample_and_follows_from_them(run: Run, tiny_chec
     assert document["throughput_tokens_per_s"] == pytest.approx(24 / sum(latencies))
     assert document["latency_s"]["max"] == max(latencies)
     assert document["latency_s"]["count"] == 3
+    assert document["settings"]["options"] == {"prefill_chunk": 5}
+    assert document["engine"]["options"]["prefill_chunk"] == 5
     assert document["settings"]["prompt"] == report_prompts()[0].text == "Hello, how are you doing today?"
     for memory in document["memory"].values():
         assert set(memory) == MEMORY
@@ -188,6 +191,9 @@ def test_an_engine_that_hangs_is_ended_and_reported(bench: GpaBench, speed) -> N
         (["--output", "no/such/folder/result.json"], "--output no/such/folder/result.json: "),
         (["--output", "."], "is a folder; name a file"),
         (["--num-iters", "many"], "--num-iters"),
+        (["--option", "nonsense=1"], "backend 'torch' has no option 'nonsense'"),
+        (["--option", "device=cuda"], "--device is the option for it"),
+        (["--backend", "remote", "--option", "key=secret"], "use --option key_file=FILE"),
         (["--model", "./nothing-here"], "nothing-here"),
     ],
 )

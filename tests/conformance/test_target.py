@@ -90,7 +90,12 @@ def test_option_values_are_read_as_json_where_they_are() -> None:
     assert options == {"max_batch": 8, "top": 0.5, "fast": True, "device": "cuda:1", "path": "a=b", "none": None}
 
 
-@pytest.mark.parametrize("pairs", [["no_value"], ["=3"], ["two words=3"], ["a=1", "a=2"]])
+@pytest.mark.parametrize("pairs", [["no_value"], ["=3"], ["two words=3"], ["a=1", "a=2"], ["key=secret"]])
 def test_bad_options_are_refused(pairs: list[str]) -> None:
     with pytest.raises(GpaError, match="--option"):
         parse_options(pairs)
+
+
+def test_an_option_with_a_flag_of_its_own_is_refused() -> None:
+    with pytest.raises(GpaError, match="--dtype is the option for it"):
+        parse_options(["dtype=float32"], {"dtype": "--dtype"})

@@ -19,7 +19,7 @@ from gpa_conformance.bench.rounds import Progress, Record, run_rounds
 from gpa_conformance.bench.workload import ContenderSpec, Workload, yardstick_dtype
 from gpa_conformance.bench.yardstick import NAME, require_yardstick
 from gpa_engines.checkpoint import PARTS, Checkpoint, Part
-from gpa_engines.registry import BACKENDS, backend_status, require_backend
+from gpa_engines.registry import BACKENDS, backend_status, check_options
 from gpa_engines.speech.loading import open_model
 
 REFERENCE = ("torch", "float32")
@@ -38,7 +38,7 @@ class Settings:
 
     backends: names, or "name:dtype" for one that has dtypes of its own; the others run in each of `dtypes`. vs: the
     yardstick's name or None; vs_batches: the batches it runs too. codecs: kinds in which the codec is measured.
-    timeout: seconds for one answer of a child.
+    timeout: seconds for one answer of a child. options: by backend, with "" for all of them.
     """
 
     model: str
@@ -52,6 +52,7 @@ class Settings:
     codecs: tuple[CodecKind, ...] = ("torch",)
     jobs: bool = False
     timeout: float = 900.0
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def yardstick_workload(self) -> Workload:
@@ -69,6 +70,10 @@ class Settings:
         split = [backend.partition(":") for backend in self.backends]
         return [(name, own) for name, _, given in split for own in ((given,) if given else self.dtypes)]
 
+    def options_of(self, backend: str) -> dict[str, Any]:
+        """What it is created with beside dtype, device and threads."""
+        return self.options.get("", {}) | self.options.get(backend, {})
+
     @property
     def codec_device(self) -> str:
         """The codec knows no "auto": it runs on the CPU unless a device is named."""
@@ -76,8 +81,15 @@ class Settings:
 
     def check(self) -> None:
         """Raise GpaError for anything that can be known to be wrong before a model is loaded."""
-        for backend, _ in self.contenders:
-            require_backend(backend)
+        named = {backend for backend, _ in self.contenders}
+        for backend in sorted(named):
+            check_options(backend, self.options_of(backend))
+        for backend in self.options:
+            if backend and backend not in named:
+                raise RequestError(
+                    f"an option is for backend {backend!r}, which is not among those to measure: "
+                    f"{', '.join(sorted(named))}"
+                )
         for kind in self.codecs:
             if kind not in KINDS:
                 raise RequestError(f"codec kind is {kind!r}; expected one of {', '.join(KINDS)}")
@@ -177,7 +189,7 @@ def _race(settings: Settings, checkpoint: Checkpoint, notes: list[str], progress
 
     with tempfile.TemporaryDirectory(prefix="gpa-bench-") as scratch, ExitStack() as children:
         specs = [
-            ContenderSpec("engine", backend, dtype, settings.device, settings.threads)
+            ContenderSpec("engine", backend, dtype, settings.device, settings.threads, settings.options_of(backend))
             for backend, dtype in settings.contenders
         ]
         engines = [start(spec, settings.workload) for spec in specs]
@@ -285,6 +297,7 @@ def _job(settings: Settings, checkpoint: Checkpoint, spec: ContenderSpec, job: J
         "dtype": spec.dtype,
         "device": spec.device,
         "threads": spec.threads,
+        "options": spec.options,
     }
     try:
         with _child(settings, "job", values) as child:

@@ -64,12 +64,17 @@ def engine(
         list[str], typer.Option(metavar="torch|onnx", help="What the codec runs in; repeat for both, side by side.")
     ] = ["torch"],  # noqa: B006
     jobs: Annotated[bool, typer.Option(help="Run a tts-a and an stt job per engine for their peak memory.")] = False,
+    option: Annotated[
+        list[str],
+        typer.Option(metavar="[NAME:]KEY=VALUE", help="Another option of every backend, or of the named one; repeat."),
+    ] = [],  # noqa: B006
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest wait for one answer.")] = 900.0,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every sample here.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Progress line by line, and tracebacks.")] = False,
 ) -> int:
     """Load time, peak memory, prefill and decode speed, distance of the logits, and the codec's stages."""
     from gpa_conformance.bench.benchmark import Settings, run_benchmark
+    from gpa_conformance.bench.options import options_by_backend
     from gpa_conformance.bench.report import document, encode
     from gpa_conformance.bench.tables import print_tables
     from gpa_conformance.bench.workload import Workload
@@ -86,6 +91,7 @@ def engine(
         codecs=tuple(dict.fromkeys(codec_in)) if codec else (),  # pyright: ignore[reportArgumentType]
         jobs=jobs,
         timeout=timeout,
+        options=options_by_backend(option),
     )
     if json_file is not None:
         check_target("--json", json_file)

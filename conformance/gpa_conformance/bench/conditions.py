@@ -5,7 +5,8 @@ Every document of a task begins with the same fields:
     schema          name of the layout; fields may be added under the same name, not changed or removed
     created         start of the run, ISO 8601 in UTC
     failed          null, or why figures are missing; what was measured before stays
-    settings        what was asked for: model, backend, dtype, device, threads, timeout, and the task's own options
+    settings        what was asked for: model, backend, dtype, device, threads, timeout, options of the backend, and the
+                    task's own
     engine          what loaded, or null: info {backend, device, dtype, vocab_size, max_context, capabilities, note},
                     options it was created with, import_s (its framework), load_s (from then until ready)
     machine         cpu, cores, usable_cores, memory, system, python, packages {name: version or null}, foreign_cores:
@@ -38,13 +39,13 @@ from gpa_conformance.bench.rounds import Progress
 from gpa_conformance.bench.workload import ContenderSpec
 from gpa_engines.checkpoint import Checkpoint
 from gpa_engines.random_checkpoint import is_random_checkpoint
-from gpa_engines.registry import BACKENDS, require_backend
+from gpa_engines.registry import BACKENDS, check_options
 from gpa_engines.speech.loading import open_model
 
 
 @dataclass(frozen=True, slots=True)
 class EngineChoice:
-    """The engine that a command line names. timeout: seconds for one answer of its process."""
+    """The engine that a command line names. timeout: seconds for one answer of its process. options: of the backend."""
 
     model: str
     backend: str = "torch"
@@ -52,10 +53,11 @@ class EngineChoice:
     device: str = "auto"
     threads: int = 2
     timeout: float = 900.0
+    options: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise GpaError for what can be known to be wrong before a model is loaded."""
-        require_backend(self.backend)
+        check_options(self.backend, self.options)
         if self.threads < 1:
             raise RequestError(f"threads is {self.threads}; expected at least 1")
         if not self.timeout > 0:
@@ -63,7 +65,7 @@ class EngineChoice:
 
     @property
     def spec(self) -> ContenderSpec:
-        return ContenderSpec("engine", self.backend, self.dtype, self.device, self.threads)
+        return ContenderSpec("engine", self.backend, self.dtype, self.device, self.threads, self.options)
 
 
 @dataclass(slots=True)

@@ -56,7 +56,7 @@ class EngineGenerator:
         known = backend_options(spec.backend)
         imported = time.perf_counter()
         wanted = {"device": spec.device, "threads": spec.threads} | _room(workload, known)
-        options = {name: value for name, value in wanted.items() if name in known}
+        options = {name: value for name, value in wanted.items() if name in known} | spec.options
         self._runner = asyncio.Runner()
         self._engine: Engine = create_engine(spec.backend, model, dtype=spec.dtype, **options)
         loaded = time.perf_counter()

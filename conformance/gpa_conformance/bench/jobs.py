@@ -23,18 +23,21 @@ JOB_TOKENS = 100
 class SpeechJob:
     """One task through SpeechModel, as `gpa-run` does it."""
 
-    def __init__(self, model: str, job: Job, backend: str, dtype: str, device: str, threads: int) -> None:
+    def __init__(
+        self, model: str, job: Job, backend: str, dtype: str, device: str, threads: int, options: dict[str, Any]
+    ) -> None:
         self._model = model
         self._job: Job = job
         self._backend = backend
         self._dtype = dtype
         self._offered = {"device": device, "threads": threads}
+        self._options = options
 
     def run(self) -> dict[str, Any]:
         """Load and run once; seconds and bytes. audio_s: heard or made."""
         started, cpu = time.perf_counter(), time.process_time()
         known = backend_options(self._backend)
-        options = {name: value for name, value in self._offered.items() if name in known}
+        options = {name: value for name, value in self._offered.items() if name in known} | self._options
         with SpeechModel.load(self._model, backend=self._backend, dtype=self._dtype, **options) as model:
             loaded, loaded_rss = time.perf_counter(), peak_rss()
             clip = spoken_clip(CLIP_SECONDS)

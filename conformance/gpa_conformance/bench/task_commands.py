@@ -29,6 +29,9 @@ Backend = Annotated[str, typer.Option("--backend", help="Inference engine.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Dtype of the engine, e.g. float32 or bfloat16.")]
 Device = Annotated[str, typer.Option("--device", help="Device of the engine, e.g. cpu or cuda.")]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads.")]
+Option = Annotated[
+    list[str], typer.Option("--option", metavar="KEY=VALUE", help="Another option of the backend; repeat.")
+]
 Timeout = Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Longest wait for one answer.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Progress line by line, and tracebacks.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the results go, as JSON.")]
@@ -56,6 +59,7 @@ def accuracy(
     threads: Threads = 2,
     baseline: Baseline = None,
     output: Output = Path("results_accuracy.json"),
+    option: Option = [],  # noqa: B006
     timeout: Timeout = 900.0,
     verbose: Verbose = False,
 ) -> int:
@@ -64,7 +68,7 @@ def accuracy(
     from gpa_conformance.bench.task_tables import print_accuracy
 
     settings = AccuracySettings(None if baseline is None else str(baseline))
-    choice = _choice(model, backend, dtype, device, threads, timeout)
+    choice = _choice(model, backend, dtype, device, threads, option, timeout)
     return _run(choice, lambda *at: measure_accuracy(at[0], settings, at[1]), {"": output}, print_accuracy, verbose)
 
 
@@ -81,6 +85,7 @@ def speed(
         str | None, typer.Option("--prompt", metavar="TEXT", help="Text to continue, if not the report's first.")
     ] = None,
     output: Output = Path("results_benchmark.json"),
+    option: Option = [],  # noqa: B006
     timeout: Timeout = 900.0,
     verbose: Verbose = False,
 ) -> int:
@@ -91,7 +96,7 @@ def speed(
 
     text = report_prompts()[0].text if prompt is None else prompt
     settings = SpeedSettings(text, num_iters, max_new_tokens, warm_up)
-    choice = _choice(model, backend, dtype, device, threads, timeout)
+    choice = _choice(model, backend, dtype, device, threads, option, timeout)
     return _run(choice, lambda *at: measure_speed(at[0], settings, at[1]), {"": output}, print_speed, verbose)
 
 
@@ -104,6 +109,7 @@ def memory(
     prefill: Prefill = [128, 512, 2048],  # noqa: B006
     max_new_tokens: NewTokens = 128,
     output: Output = Path("results_memory.json"),
+    option: Option = [],  # noqa: B006
     timeout: Timeout = 900.0,
     verbose: Verbose = False,
 ) -> int:
@@ -112,7 +118,7 @@ def memory(
     from gpa_conformance.bench.task_tables import print_memory
 
     settings = MemorySettings(tuple(prefill), max_new_tokens)
-    choice = _choice(model, backend, dtype, device, threads, timeout)
+    choice = _choice(model, backend, dtype, device, threads, option, timeout)
     return _run(choice, lambda *at: measure_memory(at[0], settings, at[1]), {"": output}, print_memory, verbose)
 
 
@@ -128,6 +134,7 @@ def full(
     warm_up: WarmUp = 2,
     prefill: Prefill = [128, 512, 2048],  # noqa: B006
     output: Output = Path("eval_results.json"),
+    option: Option = [],  # noqa: B006
     timeout: Timeout = 900.0,
     verbose: Verbose = False,
 ) -> int:
@@ -144,15 +151,18 @@ def full(
         SpeedSettings(report_prompts()[0].text, num_iters, max_new_tokens, warm_up),
         MemorySettings(tuple(prefill), max_new_tokens),
     )
-    choice = _choice(model, backend, dtype, device, threads, timeout)
+    choice = _choice(model, backend, dtype, device, threads, option, timeout)
     files = {"": output} | {key: output.parent / name for key, name in PARTS.items()}
     return _run(choice, lambda *at: evaluate(at[0], *settings, at[1]), files, print_full, verbose)
 
 
-def _choice(model: str, backend: str, dtype: str, device: str, threads: int, timeout: float) -> EngineChoice:
+def _choice(
+    model: str, backend: str, dtype: str, device: str, threads: int, option: list[str], timeout: float
+) -> EngineChoice:
     from gpa_conformance.bench.conditions import EngineChoice
+    from gpa_conformance.bench.options import options_of_one
 
-    return EngineChoice(model, backend, dtype, device, threads, timeout)
+    return EngineChoice(model, backend, dtype, device, threads, timeout, options_of_one(option))
 
 
 def _run(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
@@ -77,13 +77,17 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class ContenderSpec:
-    """One way to run the language model; kind "engine" is a backend of the registry, "transformers" the yardstick."""
+    """One way to run the language model; kind "engine" is a backend of the registry, "transformers" the yardstick.
+
+    options: of the backend, beside those that have a field here.
+    """
 
     kind: Literal["engine", "transformers"]
     backend: str
     dtype: str
     device: str
     threads: int
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def name(self) -> str:
