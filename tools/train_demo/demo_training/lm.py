@@ -35,7 +35,7 @@ class _Phase:
 
 _LM = _Phase(4000, plateau, ("tts-a", "stt", "tts-a", "vc"), begins_short=True)
 # Conversion converges last, stt first.
-_TUNING = _Phase(12000, cosine, ("vc", "tts-a", "vc", "stt", "tts-a", "vc", "tts-a", "stt"), echoed=0.4)
+_TUNING = _Phase(10000, cosine, ("vc", "tts-a", "vc", "stt", "tts-a", "vc", "tts-a", "stt"), echoed=0.4)
 
 _BATCH = 10  # examples: small batches learn more per second
 _RATE, _MUON_RATE = 2e-3, 4e-3
