@@ -1,9 +1,10 @@
 """One Engine made of several that hold the same model: every request goes to the one that is least busy.
 
 It knows nothing but the Engine protocol, and `Shared` for engines that are elsewhere. A request that has given a token
-stays where it began; one that has not may begin again on another engine. An engine that fails is asked to show that it
-works, with a token of its own or as it knows best, and gets no requests until it has. One of this process that cannot
-is left out from then on; a shared one is asked again from time to time, as long as requests come.
+stays where it began; one that has not may begin again on another engine, and what one kind of engine declines another
+kind may take. An engine that fails is asked to show that it works, with a token of its own or as it knows best, and
+gets no requests until it has. One of this process that cannot is left out from then on; a shared one is asked again
+from time to time, as long as requests come.
 """
 
 from __future__ import annotations
@@ -122,8 +123,9 @@ class SpreadEngine:
         """See :meth:`gpa_engines.engine.Engine.generate`. Raises RequestError naming the engine that failed."""
         request.check_against(self._info.vocab_size, self._info.max_context, self._holder)
         tried: list[_Member] = []
+        unfit: list[_Member] = []
         while True:
-            member = await self._choose(tried)
+            member = await self._choose([*tried, *unfit])
             given = 0
             try:
                 async with self._using(member) as engine, aclosing(engine.generate(request)) as deltas:
@@ -131,12 +133,18 @@ class SpreadEngine:
                         given += len(delta.ids)
                         yield delta
                 return
+            except DeclinedRequest:
+                # What one kind of engine cannot do, another may; engines of one kind agree.
+                capabilities = member.engine.info.capabilities
+                unfit += [each for each in self._members if each.engine.info.capabilities == capabilities]
+                if given or not self._working([*tried, *unfit]):
+                    raise
             except _EngineFailed as failure:
                 if given:
                     raise RequestError(
                         f"{failure} ({given} {'tokens' if given > 1 else 'token'} had come; ask again for the whole)"
                     ) from failure
-                self._note_try(tried, member, failure)
+                self._note_try(tried, member, failure, unfit)
 
     async def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """See :meth:`gpa_engines.engine.Engine.logits`."""
@@ -189,12 +197,16 @@ class SpreadEngine:
             except _EngineFailed as failure:
                 self._note_try(tried, member, failure)
 
-    def _note_try(self, tried: list[_Member], member: _Member, failure: _EngineFailed) -> None:
+    def _note_try(
+        self, tried: list[_Member], member: _Member, failure: _EngineFailed, unfit: Sequence[_Member] = ()
+    ) -> None:
         """Let the request begin again on an engine that it has not tried; raises the failure where there is none."""
         tried.append(member)
-        others = any(each.failure is None and each not in tried for each in self._members)
-        if len(tried) >= self._tries or not others:
+        if len(tried) >= self._tries or not self._working([*tried, *unfit]):
             raise failure
+
+    def _working(self, without: Collection[_Member]) -> list[_Member]:
+        return [each for each in self._members if each.failure is None and each not in without]
 
     @asynccontextmanager
     async def _using(self, member: _Member) -> AsyncIterator[Engine]:
@@ -219,8 +231,7 @@ class SpreadEngine:
             if self._closed:
                 raise RequestError("the engine is closed; create a new one")
             self._look_again()
-            working = [each for each in self._members if each.failure is None and each not in tried]
-            if working:
+            if working := self._working(tried):
                 least = min(each.open + each.others for each in working)
                 equal = [each for each in working if each.open + each.others == least]
                 # Many processes may share these engines, and must not all begin with the same one.

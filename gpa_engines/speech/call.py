@@ -26,7 +26,7 @@ class Call:
     finished: float | None = None
     reports: dict[int, PieceReport] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)
-    remark: str | None = None
+    remarks: list[str] = field(default_factory=list)
 
     @classmethod
     def begin(cls, overrides: SamplingOverrides, progress: ProgressCallback | None) -> Call:
@@ -64,9 +64,8 @@ class Call:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """The remark on the whole call, then the notes of its pieces."""
-        remarks = () if self.remark is None else (self.remark,)
-        return (*remarks, *(self.notes[index] for index in sorted(self.notes)))
+        """The remarks on the whole call, then the notes of its pieces."""
+        return (*self.remarks, *(self.notes[index] for index in sorted(self.notes)))
 
     @property
     def timings(self) -> Timings:

@@ -20,6 +20,8 @@ from gpa_engines.checkpoint.speech_domain import SpeechDomain
 from gpa_engines.engine import Engine, GenerationRequest, SamplingParams
 from gpa_engines.passing_thread import in_passing_thread
 from gpa_engines.speech.call import Call
+from gpa_engines.speech.results import ProgressCallback
+from gpa_engines.speech.tasks import SamplingOverrides, task_sampling
 
 T = TypeVar("T")
 
@@ -35,6 +37,14 @@ class Runtime:
         self.codec = codec
         self.space = space
         self._codec_turn = anyio.CapacityLimiter(1)
+
+    def begin(self, task: Task, overrides: SamplingOverrides, progress: ProgressCallback | None) -> Call:
+        """A call, with a remark where its seed will not repeat what it draws."""
+        call = Call.begin(overrides, progress)
+        info, seed = self.engine.info, overrides.get("seed")
+        if seed is not None and "seed" not in info.capabilities and task_sampling(task, overrides).temperature > 0:
+            call.remarks.append(f"{info.backend} on {info.device} draws without seeds: seed {seed} repeats nothing")
+        return call
 
     async def in_codec(self, function: Callable[[], T]) -> T:
         """Run a blocking codec or audio function off the event loop."""

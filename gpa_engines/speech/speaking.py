@@ -51,9 +51,9 @@ def synthesis(
     async def prompt(part: str, speaker: Voice) -> tuple[list[int], SamplingParams]:
         return tts_prompt(runtime.space, part, speaker), sampling
 
-    call = Call.begin(overrides, progress)
-    if runtime.domain is not None:
-        call.remark = runtime.domain.warning(text)
+    call = runtime.begin("tts-a", overrides, progress)
+    if runtime.domain is not None and (warning := runtime.domain.warning(text)) is not None:
+        call.remarks.append(warning)
     return _speak(runtime, call, "tts-a", voice, parts, lambda part: part, prompt, concurrency)
 
 
@@ -67,7 +67,7 @@ def conversion(
     concurrency: int,
 ) -> ResultStream[AudioPiece, Speech]:
     """The stream behind `convert`. A source is cut when it is longer than a prompt, or than the answer may be."""
-    call = Call.begin(overrides, progress)
+    call = runtime.begin("vc", overrides, progress)
     longest = LONGEST_CLIP
     limit = overrides.get("max_new_tokens")
     if limit is not None:

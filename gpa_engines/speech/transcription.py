@@ -10,7 +10,6 @@ from gpa_codecs.audio import AudioSource, Channel, Waveform, load_audio
 from gpa_codecs.prompts import stt_prompt
 from gpa_codecs.silences import cut_at_silences
 from gpa_codecs.vocabulary import TextStream
-from gpa_engines.speech.call import Call
 from gpa_engines.speech.results import ProgressCallback, TextDelta, Transcription
 from gpa_engines.speech.runtime import Runtime
 from gpa_engines.speech.stream import ResultStream, in_order
@@ -26,7 +25,7 @@ def transcription(
     concurrency: int,
 ) -> ResultStream[TextDelta, Transcription]:
     """The stream behind `transcribe`; `concurrency` parts of a long clip run side by side."""
-    call = Call.begin(overrides, progress)
+    call = runtime.begin("stt", overrides, progress)
     sampling = task_sampling("stt", overrides)
     text = ""
     duration = 0.0

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gpa_codecs.errors import BackendError, CapacityError, RequestError
+from gpa_codecs.errors import BackendError, CapacityError, DeclinedRequest, RequestError
 from gpa_engines.engine import Engine, EngineInfo, GenerationRequest, GivesRows, TokenDelta
 from gpa_engines.memory import MemoryMeter, MemoryReport, MemoryUse, SummedMemory
 from gpa_engines.registry import create_engine
@@ -142,6 +142,30 @@ def test_a_refused_request_is_no_failure_of_the_engine(load: Callable[..., Guard
         with pytest.raises(RequestError, match="positions 5 to 5 are outside"):
             await engine.logits_at((1, 2), (5,))
         assert all(member.failure is None and member.probe is None for member in engine._members)
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_what_one_kind_of_engine_declines_another_kind_may_take(load: Callable[..., Guarded]) -> None:
+    able = load()
+    members = [*(load(capabilities=able.info.capabilities - {"seed"}) for _ in range(2)), able]
+    engine = SpreadEngine(members, tries=2)
+    asked = request((1, 2, 3), 12)
+    for member in members[:2]:
+        member.failure = DeclinedRequest("that is not for me")
+
+    async def main() -> None:
+        expected = (await answer(able.engine, asked)).ids
+        assert (await answer(engine, asked)).ids == expected
+        assert [member.served for member in members] == [1, 0, 1], "engines of one kind agree"
+        assert all(member.failure is None for member in engine._members)
+        able.failure = DeclinedRequest("nor for me")
+        with pytest.raises(DeclinedRequest, match="nor for me"):
+            await answer(engine, asked)
+        able.failure = RuntimeError("the card is lost")
+        with pytest.raises(RequestError, match=r"\(engine 2\) failed: the card is lost"):
+            await asyncio.wait_for(answer(engine, asked), 10)
         await engine.close()
 
     asyncio.run(main())

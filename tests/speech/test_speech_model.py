@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,6 +193,20 @@ class SilentEngine:
 
     async def close(self) -> None:
         pass
+
+
+def test_a_seed_for_an_engine_that_has_none_is_a_warning(model: SpeechModel, audio_dir: Path) -> None:
+    inner = model._model
+    silent = AsyncSpeechModel(SilentEngine(), inner.codec, inner.space)
+    clip = audio_dir / "zh_female_16k.wav"
+
+    async def warnings(**sampling: Any) -> tuple[str, ...]:
+        return (await silent.transcribe(clip, **sampling)).warnings
+
+    assert asyncio.run(warnings(seed=3, temperature=0.5)) == (
+        "silent on cpu draws without seeds: seed 3 repeats nothing",
+    )
+    assert asyncio.run(warnings(seed=3, temperature=0.0)) == asyncio.run(warnings(temperature=0.5)) == ()
 
 
 def test_no_speech_tokens_is_an_error_and_not_an_empty_file(model: SpeechModel) -> None:

@@ -22,7 +22,12 @@ class Admission:
     def __init__(self, names: Mapping[int, str], expected: Fingerprint | None) -> None:
         self._names = names
         self._expected = expected
-        self._info: EngineInfo | None = None
+        self._first: EngineInfo | None = None
+        self._promised: EngineInfo | None = None
+
+    def promise(self, info: EngineInfo) -> None:
+        """From now on a server must have the context and the capabilities of `info`: users have been told so."""
+        self._promised = info
 
     async def admit(self, engine: ServerEngine, info: EngineInfo) -> str:
         """With what its weights were compared, in words. info: the engine's, with a dtype.
@@ -39,8 +44,8 @@ class Admission:
                 f"{found.source} does not hold the weights of {self._expected.source}: {difference}; start every "
                 f"server with the same checkpoint and give that as --model; a {FILE} must have been recorded from it"
             )
-        if self._info is None:
-            self._info = info
+        if self._first is None:
+            self._first = info
         if self._expected is found:
             return "weights not compared with the checkpoint's"
         return f"weights compared with {self._expected.source}"
@@ -56,17 +61,20 @@ class Admission:
                 )
 
     def _check_alike(self, info: EngineInfo) -> None:
-        if self._info is None:
+        first, promised = self._first, self._promised
+        if first is None:
             return
         for name in SAME:
-            mine, other = getattr(self._info, name), getattr(info, name)
+            mine, other = getattr(first, name), getattr(info, name)
             if mine != other:
                 raise BackendError(
-                    f"{info.device} has {name} {other}, {self._info.device} has {mine}: start all servers alike"
+                    f"{info.device} has {name} {other}, {first.device} has {mine}: start all servers alike"
                 )
-        if info.max_context < self._info.max_context or not info.capabilities >= self._info.capabilities:
-            missing = ", ".join(sorted(self._info.capabilities - info.capabilities)) or "nothing"
+        if promised is None:
+            return
+        if info.max_context < promised.max_context or not info.capabilities >= promised.capabilities:
+            missing = ", ".join(sorted(promised.capabilities - info.capabilities)) or "nothing"
             raise BackendError(
-                f"{info.device} has room for {info.max_context} positions and lacks {missing} of what "
-                f"{self._info.device} can do, which has room for {self._info.max_context}: start all servers alike"
+                f"{info.device} has room for {info.max_context} positions and lacks {missing} of what the servers "
+                f"before it can do, which have room for {promised.max_context}: start it like them, or all anew"
             )

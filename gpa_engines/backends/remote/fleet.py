@@ -43,13 +43,13 @@ def build_engine(folder: Path, settings: FleetSettings) -> SpreadEngine:
         # Before the servers are asked: it may load weights and takes a loop of its own.
         admission = Admission(local.names, expected_fingerprint(folder, settings.expect))
         fleet = [RemoteServer(server, expected, admission, local.config.dtype) for server in servers]
-        return asyncio.run(_start(fleet, settings))
+        return asyncio.run(_start(fleet, admission, settings))
 
     # The caller's thread may be running an event loop.
     return in_passing_thread(start)
 
 
-async def _start(fleet: Sequence[RemoteServer], settings: FleetSettings) -> SpreadEngine:
+async def _start(fleet: Sequence[RemoteServer], admission: Admission, settings: FleetSettings) -> SpreadEngine:
     """Let in every server that is there. Raises what is wrong with one that is, and where none is there."""
     away: list[Exception] = []
     try:
@@ -66,6 +66,7 @@ async def _start(fleet: Sequence[RemoteServer], settings: FleetSettings) -> Spre
         for each in fleet:
             each.stand_in_for(there[0])
         engine = SpreadEngine(fleet, tries=settings.tries, recheck=settings.recheck, holder="the smallest server")
+        admission.promise(engine.info)
         await engine.look()
         return engine
     finally:

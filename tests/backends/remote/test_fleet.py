@@ -327,6 +327,25 @@ def test_servers_that_are_started_otherwise_are_refused(folder: Path, serve: Ser
         remote(folder, serve(full=True), serve())
 
 
+def test_servers_of_several_sizes_offer_what_all_have_and_a_later_one_must_have_it(folder: Path, serve: Serve) -> None:
+    large, small = serve(room=64), serve(room=48)
+    engine = remote(folder, large, small)
+    assert engine.info.max_context == 48
+
+    async def main() -> None:
+        large.kill()
+        while engine._members[0].failure is None:
+            assert list((await answer(engine, request(PROMPT, 40))).ids) == small.answer(PROMPT, 40)
+        large.room = 32
+        large.start()
+        small.kill()
+        for message in ("is the server running", "room for 32 positions and lacks nothing .* have room for 48"):
+            with pytest.raises(RequestError, match=message):
+                await asyncio.wait_for(answer(engine, request(PROMPT, 40)), 10)
+
+    run(engine, main)
+
+
 def test_what_is_no_such_server_is_refused(folder: Path, serve: Serve) -> None:
     async def page(asked: Asked) -> Reply:
         return Reply(b"<html>It works!</html>", kind="text/html")

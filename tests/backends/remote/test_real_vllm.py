@@ -24,8 +24,9 @@ from gpa_engines.engine import Engine, GenerationRequest, SamplingParams
 from gpa_engines.registry import create_engine
 from gpa_engines.sampling import Sampler
 from gpa_engines.servers.http_server import ServerRefused
-from tests.backends.remote.real_vllm import RealVllm, vllm_python
-from tests.servers.asking import Answer, answer, request
+from tests.backends.remote.streams import outcomes_of, prompts, watch
+from tests.servers.asking import answer, request
+from tests.servers.real_servers import RealVllm, vllm_python
 
 pytestmark = [
     pytest.mark.slow,
@@ -64,12 +65,6 @@ def local(tiny_checkpoint: Path) -> Iterator[Engine]:
     engine = create_engine("torch", tiny_checkpoint, device="cpu", dtype="float32", threads=1)
     yield engine
     asyncio.run(engine.close())
-
-
-def prompts(count: int) -> list[tuple[int, ...]]:
-    """Of 5 to 5 + 3 * count ids from all over the vocabulary."""
-    random = np.random.default_rng(7)
-    return [tuple(random.integers(0, 5141, 5 + 3 * index).tolist()) for index in range(count)]
 
 
 def greedy_requests() -> list[GenerationRequest]:
@@ -243,33 +238,6 @@ def test_a_wrong_key_and_another_model_are_refused(
     config.write_text(config.read_text().replace('"vocab_size": 5141', '"vocab_size": 5140'))
     with pytest.raises(BackendError, match="vocabulary is larger than the 5140 ids of the model's folder"):
         create_engine("remote", tiny_checkpoint_copy, url=server.url, expect="none")
-
-
-def outcomes_of(given: list[Any], expected: list[Answer]) -> tuple[int, list[RequestError]]:
-    """(whole answers, clear errors); anything else fails."""
-    errors = []
-    for outcome, whole in zip(given, expected, strict=True):
-        if isinstance(outcome, Answer):
-            assert outcome.ids == whole.ids
-        else:
-            assert isinstance(outcome, RequestError), repr(outcome)
-            assert "127.0.0.1" in str(outcome)
-            errors.append(outcome)
-    return len(given) - len(errors), errors
-
-
-async def watch(engine: Engine, wanted: GenerationRequest, whole: Answer, counts: list[int], index: int) -> Answer:
-    """Run a request, every token of which must be right also if it ends in an error; counts them at `index`."""
-    ids: list[int] = []
-    async with aclosing(engine.generate(wanted)) as deltas:
-        async for delta in deltas:
-            ids.extend(delta.ids)
-            counts[index] = len(ids)
-            assert tuple(ids) == whole.ids[: len(ids)], "a wrong token"
-            if delta.finish_reason is not None:
-                assert delta.usage is not None
-                return Answer(tuple(ids), delta.finish_reason, delta.usage)
-    raise AssertionError("the stream ended without a word")
 
 
 def test_a_server_killed_in_the_middle_of_16_streams(remote: Engine, local: Engine, server: RealVllm) -> None:

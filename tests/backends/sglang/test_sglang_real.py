@@ -6,13 +6,6 @@ In process, over HTTP, and whether the fakes of the other tests have the shapes 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import aclosing
 from importlib.util import find_spec
@@ -31,6 +24,7 @@ from gpa_engines.servers.sglang_fields import NEVER, native_fields, reading_fiel
 from gpa_engines.servers.sglang_server import SglangServer, connect_server
 from tests.engines.generating import answer, answers
 from tests.servers.fake_sglang_server import FakeSglangServer
+from tests.servers.real_servers import RealSglang
 
 pytestmark = [
     pytest.mark.skipif(find_spec("sglang") is None, reason="SGLang is not installed; tox -e sglang installs it"),
@@ -39,7 +33,6 @@ pytestmark = [
 ]
 
 PROMPT = (1, 2, 3, 4, 5)
-START_SECONDS = 300
 
 
 @pytest.fixture(scope="module")
@@ -58,48 +51,11 @@ def engine(tiny_checkpoint: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def url(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real server, with a tokenizer as servers usually have one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = {
-        "--model-path": str(tiny_checkpoint),
-        "--port": str(port),
-        "--device": "cpu",
-        "--dtype": "float32",
-        "--attention-backend": "torch_native",
-        "--grammar-backend": "none",
-        "--max-total-tokens": "8192",
-        "--context-length": "512",
-        "--log-level": "error",
-    }
-    flags = ("--disable-overlap-schedule", "--enable-return-hidden-states", "--enable-custom-logit-processor")
-    command = [sys.executable, "-m", "sglang.launch_server", *(word for pair in arguments.items() for word in pair)]
-    printed = tmp_path_factory.mktemp("server") / "printed.txt"
-    roots = os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": roots}
-    with printed.open("w") as output:
-        process = subprocess.Popen(
-            [*command, *flags], stdout=output, stderr=output, env=environment, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not _ready(f"http://127.0.0.1:{port}/health_generate"):
-            assert process.poll() is None, printed.read_text()[-3000:]
-            assert time.monotonic() < deadline, printed.read_text()[-3000:]
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=20) as response:
-            return response.status == 200
-    except OSError:
-        return False
+    """A real server."""
+    server = RealSglang(tiny_checkpoint, tmp_path_factory.mktemp("server") / "printed.txt", context=512)
+    server.start()
+    yield server.url
+    server.kill()
 
 
 def mixed(count: int) -> list[GenerationRequest]:
