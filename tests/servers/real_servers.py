@@ -67,7 +67,8 @@ class RealServer(ABC):
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start it and wait until it answers; one that runs is ended first."""
+        self.kill()
         environment = {**self._environment(), "HF_HUB_OFFLINE": "1"}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
