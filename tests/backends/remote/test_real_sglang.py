@@ -7,23 +7,27 @@ is (GPA_VLLM_PYTHON).
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("httpx", reason="needs httpx")
 pytest.importorskip("torch", reason="needs torch, with which the servers are compared")
 
 from gpa_codecs.errors import DeclinedRequest, RequestError
-from gpa_engines.cli.run import main as gpa_run
 from gpa_engines.engine import Engine, GenerationRequest, SamplingParams
 from gpa_engines.registry import create_engine
 from gpa_engines.servers.http_server import ServerRefused
-from tests.backends.remote.streams import outcomes_of, prompts, watch
+from tests.backends.remote.real_fleets import (
+    check_greedy,
+    check_logits,
+    check_speech_task,
+    outcomes_of,
+    prompts,
+    start_streams,
+)
 from tests.servers.asking import answer, request
 from tests.servers.real_servers import RealServer, RealSglang, RealVllm, sglang_python, vllm_python
 
@@ -95,27 +99,11 @@ def test_it_says_what_it_is(remote: Engine, server: RealSglang) -> None:
 
 
 def test_greedy_answers_are_the_torch_engines_alone_and_in_company(remote: Engine, local: Engine) -> None:
-    requests = greedy_requests()
-
-    async def main() -> None:
-        expected = [await answer(local, each) for each in requests]
-        alone = [await answer(remote, each) for each in requests]
-        together = await asyncio.gather(*(answer(remote, each) for each in requests))
-        for given in (alone, together):
-            assert [each.ids for each in given] == [each.ids for each in expected]
-            assert [each.finish_reason for each in given] == [each.finish_reason for each in expected]
-        assert {each.finish_reason for each in expected} == {"stop", "length"}
-
-    asyncio.run(main())
+    asyncio.run(check_greedy(remote, local, greedy_requests()))
 
 
 def test_logits_are_the_torch_engines(remote: Engine, local: Engine) -> None:
-    async def main() -> None:
-        for prompt in prompts(3):
-            mine, theirs = await remote.logits(prompt), await local.logits(prompt)
-            assert np.linalg.norm(mine - theirs) / np.linalg.norm(theirs) < 1e-5
-
-    asyncio.run(main())
+    asyncio.run(check_logits(remote, local))
 
 
 def test_what_its_sampler_would_do_otherwise_is_refused(remote: Engine) -> None:
@@ -163,19 +151,7 @@ def test_the_speech_tasks_are_the_torch_engines(
     tmp_path: Path,
     capfdbinary: pytest.CaptureFixture[bytes],
 ) -> None:
-    """Real audio through gpa-run: the same text, or the same samples, as greedy torch gives in float32."""
-    arguments = [str(audio_dir / each) if (audio_dir / each).is_file() else each for each in task]
-    common = [*arguments, "--model", str(tiny_checkpoint), "--dtype", "float32", "--temperature", "0"]
-    results = []
-    for more in (["--backend", "torch"], ["--backend", "remote", "--url", server.url]):
-        out = tmp_path / f"{more[1]}.out"
-        capfdbinary.readouterr()
-        assert gpa_run([*common, *more, "--max-new-tokens", "100", "--json", "-o", str(out)]) == 0
-        report = json.loads(capfdbinary.readouterr().out)
-        assert report["backend"] == more[1]
-        results.append((out.read_bytes(), report["new_tokens"], [piece["finish_reason"] for piece in report["pieces"]]))
-    assert results[0] == results[1]
-    assert results[0][1] > 20
+    check_speech_task(task, server.url, tiny_checkpoint, audio_dir, tmp_path, capfdbinary)
 
 
 def test_a_server_killed_in_the_middle_of_16_streams(remote: Engine, local: Engine, server: RealSglang) -> None:
@@ -183,13 +159,7 @@ def test_a_server_killed_in_the_middle_of_16_streams(remote: Engine, local: Engi
 
     async def main() -> None:
         expected = [await answer(local, each) for each in requests]
-        counts = [0] * 16
-        running = [
-            asyncio.create_task(watch(remote, each, whole, counts, index))
-            for index, (each, whole) in enumerate(zip(requests, expected, strict=True))
-        ]
-        while sum(counts) < 16 * 5:
-            await asyncio.sleep(0.02)
+        running = await start_streams(remote, requests, expected)
         await asyncio.to_thread(server.kill)
         given = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 60)
         assert len(outcomes_of(given, expected)[1]) == 16
@@ -214,20 +184,11 @@ def test_a_fleet_of_both_kinds_goes_on_when_one_is_killed(
 
         async def main() -> None:
             expected = [await answer(local, each) for each in requests]
-            theirs = await local.logits(requests[0].prompt_ids)
-            for _ in range(2):
-                mine = await engine.logits(requests[0].prompt_ids)
-                assert np.linalg.norm(mine - theirs) / np.linalg.norm(theirs) < 1e-5
+            await check_logits(engine, local)
             penalised = [request(prompt, 12, repetition_penalty=1.3) for prompt in prompts(4)]
             for wanted in penalised:
                 assert (await answer(engine, wanted)).ids == (await answer(local, wanted)).ids, "SGLang declines these"
-            counts = [0] * 16
-            running = [
-                asyncio.create_task(watch(engine, each, whole, counts, index))
-                for index, (each, whole) in enumerate(zip(requests, expected, strict=True))
-            ]
-            while sum(counts) < 16 * 5:
-                await asyncio.sleep(0.02)
+            running = await start_streams(engine, requests, expected)
             await asyncio.to_thread(server.kill)
             given = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 200)
             whole, errors = outcomes_of(given, expected)

@@ -6,7 +6,6 @@ Runs where vLLM is: `tox -e vllm`, or GPA_VLLM_PYTHON names a Python that has it
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -24,7 +23,14 @@ from gpa_engines.engine import Engine, GenerationRequest, SamplingParams
 from gpa_engines.registry import create_engine
 from gpa_engines.sampling import Sampler
 from gpa_engines.servers.http_server import ServerRefused
-from tests.backends.remote.streams import outcomes_of, prompts, watch
+from tests.backends.remote.real_fleets import (
+    check_greedy,
+    check_logits,
+    check_speech_task,
+    outcomes_of,
+    prompts,
+    start_streams,
+)
 from tests.servers.asking import answer, request
 from tests.servers.real_servers import RealVllm, vllm_python
 
@@ -97,27 +103,11 @@ def test_it_says_what_it_is(remote: Engine, server: RealVllm) -> None:
 
 
 def test_greedy_answers_are_the_torch_engines_alone_and_in_company(remote: Engine, local: Engine) -> None:
-    requests = greedy_requests()
-
-    async def main() -> None:
-        expected = [await answer(local, each) for each in requests]
-        alone = [await answer(remote, each) for each in requests]
-        together = await asyncio.gather(*(answer(remote, each) for each in requests))
-        for given in (alone, together):
-            assert [each.ids for each in given] == [each.ids for each in expected]
-            assert [each.finish_reason for each in given] == [each.finish_reason for each in expected]
-        assert {each.finish_reason for each in expected} == {"stop", "length"}
-
-    asyncio.run(main())
+    asyncio.run(check_greedy(remote, local, greedy_requests()))
 
 
 def test_logits_are_the_torch_engines(remote: Engine, local: Engine) -> None:
-    async def main() -> None:
-        for prompt in prompts(3):
-            mine, theirs = await remote.logits(prompt), await local.logits(prompt)
-            assert np.linalg.norm(mine - theirs) / np.linalg.norm(theirs) < 1e-5
-
-    asyncio.run(main())
+    asyncio.run(check_logits(remote, local))
 
 
 @pytest.mark.parametrize(
@@ -170,21 +160,9 @@ def test_the_speech_tasks_are_the_torch_engines_without_the_weights(
     key: None,
     capfdbinary: pytest.CaptureFixture[bytes],
 ) -> None:
-    """Real audio through gpa-run: the same text, or the same samples, as greedy torch gives in float32."""
     assert gpa_run(["fingerprint", "--model", str(tiny_checkpoint_copy)]) == 0
-    arguments = [str(audio_dir / each) if (audio_dir / each).is_file() else each for each in task]
-    common = [*arguments, "--model", str(tiny_checkpoint_copy), "--dtype", "float32", "--temperature", "0"]
-    results = []
-    for more in (["--backend", "torch"], ["--backend", "remote", "--url", server.url]):
-        out = tmp_path / f"{more[1]}.out"
-        capfdbinary.readouterr()
-        assert gpa_run([*common, *more, "--max-new-tokens", "100", "--json", "-o", str(out)]) == 0
-        report = json.loads(capfdbinary.readouterr().out)
-        assert report["backend"] == more[1]
-        results.append((out.read_bytes(), report["new_tokens"], [piece["finish_reason"] for piece in report["pieces"]]))
-        (tiny_checkpoint_copy / "model.safetensors").unlink(missing_ok=True)
-    assert results[0] == results[1]
-    assert results[0][1] > 20
+    weights = tiny_checkpoint_copy / "model.safetensors"
+    check_speech_task(task, server.url, tiny_checkpoint_copy, audio_dir, tmp_path, capfdbinary, unlink=weights)
 
 
 def test_bad_requests_are_said_and_harm_nobody(remote: Engine) -> None:
@@ -245,13 +223,7 @@ def test_a_server_killed_in_the_middle_of_16_streams(remote: Engine, local: Engi
 
     async def main() -> None:
         expected = [await answer(local, each) for each in requests]
-        counts = [0] * 16
-        running = [
-            asyncio.create_task(watch(remote, each, whole, counts, index))
-            for index, (each, whole) in enumerate(zip(requests, expected, strict=True))
-        ]
-        while min(counts) < 5:
-            await asyncio.sleep(0.02)
+        running = await start_streams(remote, requests, expected, each_gave=5)
         await asyncio.to_thread(server.kill)
         given = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 60)
         whole, errors = outcomes_of(given, expected)
@@ -280,13 +252,7 @@ def test_one_of_two_servers_is_killed(
 
         async def main() -> None:
             expected = [await answer(local, each) for each in requests]
-            counts = [0] * 16
-            running = [
-                asyncio.create_task(watch(engine, each, whole, counts, index))
-                for index, (each, whole) in enumerate(zip(requests, expected, strict=True))
-            ]
-            while sum(counts) < 16 * 5:
-                await asyncio.sleep(0.02)
+            running = await start_streams(engine, requests, expected)
             await asyncio.to_thread(other.kill)
             given = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 200)
             whole, errors = outcomes_of(given, expected)
