@@ -169,6 +169,12 @@ class EngineInfo:
     logit_ids: tuple[range, ...] | None = None
     tokenizer_sha256: str = ""
 
+    def seed_warning(self, sampling: SamplingParams) -> str | None:
+        """Why a seed that somebody gave will not repeat what it draws, in a sentence; None where it will."""
+        if sampling.seed is None or sampling.temperature == 0 or "seed" in self.capabilities:
+            return None
+        return f"{self.backend} on {self.device} draws without seeds: seed {sampling.seed} repeats nothing"
+
 
 @runtime_checkable
 class Engine(Protocol):

@@ -108,6 +108,8 @@ def execute_text(job: TextJob, narrator: Narrator) -> None:
     load = time.perf_counter() - started
     info = engine.info
     narrator.say(f"{info.backend} on {info.device} in {info.dtype}, loaded in {load:.1f} s")
+    if warning := info.seed_warning(text_sampling(job.sampling)):
+        narrator.warn([warning])
     completion = asyncio.run(_generate(engine, space, job, narrator))
     narrator.rest()
     narrator.say(summary(completion))

@@ -41,9 +41,8 @@ class Runtime:
     def begin(self, task: Task, overrides: SamplingOverrides, progress: ProgressCallback | None) -> Call:
         """A call, with a remark where its seed will not repeat what it draws."""
         call = Call.begin(overrides, progress)
-        info, seed = self.engine.info, overrides.get("seed")
-        if seed is not None and "seed" not in info.capabilities and task_sampling(task, overrides).temperature > 0:
-            call.remarks.append(f"{info.backend} on {info.device} draws without seeds: seed {seed} repeats nothing")
+        if warning := self.engine.info.seed_warning(task_sampling(task, overrides)):
+            call.remarks.append(warning)
         return call
 
     async def in_codec(self, function: Callable[[], T]) -> T:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from gpa_codecs.audio import Waveform, load_audio
 from gpa_codecs.codec import Voice
 from gpa_codecs.errors import AudioError, BackendError, CheckpointError, GpaError, RequestError, TokenError
 from gpa_codecs.prompts import task_tokens, tts_prompt
-from gpa_engines.engine import EngineInfo, GenerationRequest, GenerationUsage, TokenDelta
+from gpa_engines.engine import EngineInfo, GenerationRequest, GenerationUsage, SamplingParams, TokenDelta
 from gpa_engines.speech import AsyncSpeechModel, Progress, SpeechModel, task_sampling
 
 VOICE = Voice(tuple(range(0, 4096, 128)))
@@ -207,6 +208,19 @@ def test_a_seed_for_an_engine_that_has_none_is_a_warning(model: SpeechModel, aud
         "silent on cpu draws without seeds: seed 3 repeats nothing",
     )
     assert asyncio.run(warnings(seed=3, temperature=0.0)) == asyncio.run(warnings(temperature=0.5)) == ()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "warned"),
+    [
+        (SamplingParams(temperature=0.5, seed=0), True),
+        (SamplingParams(temperature=0.5), False),
+        (SamplingParams(temperature=0.0, seed=0), False),
+    ],
+)
+def test_what_a_seed_is_worth_is_known_of_every_engine(sampling: SamplingParams, warned: bool) -> None:
+    assert (SilentEngine.info.seed_warning(sampling) is not None) == warned
+    assert replace(SilentEngine.info, capabilities=frozenset(("seed",))).seed_warning(sampling) is None
 
 
 def test_no_speech_tokens_is_an_error_and_not_an_empty_file(model: SpeechModel) -> None:
