@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -19,8 +20,12 @@ from gpa_codecs.onnx_folder import CONVERT, CodecFolder
 
 CPU = "CPUExecutionProvider"
 
-WINDOW = 256
-"""Codes (5 s) that the wave generator decodes at once; they take about 400 MB, and the context 5% of the time."""
+WINDOW = 150
+"""Codes (3 s) that the wave generator decodes at once beside the context, which at the released size takes 10% of the
+time. Longer windows take more memory: about 1 MB per code."""
+
+LEAST_PAIR = 100
+"""Codes from which two windows side by side are no slower than one on all cores, though both compute the context."""
 
 Provider = str | tuple[str, dict[str, Any]]
 """A provider of ONNX Runtime by name, with its options where it is given some."""
@@ -92,9 +97,24 @@ class OnnxCodec(NetworkCodec):
         return self._lazy["decoder"].get()(semantic, voices)
 
     def _load(self, part: str) -> _Network | _Decoder:
-        precision = self.precision if part == "decoder" else "fp32"
-        first, *rest = (_Network(path, self._threads, self._providers) for path in self._folder.graphs(part, precision))
-        return _Decoder(first, rest[0], self._folder.generator_context) if part == "decoder" else first
+        if part != "decoder":
+            (path,) = self._folder.graphs(part, "fp32")
+            return self._network(path, self._threads)
+        prenet, generator = self._folder.graphs(part, self.precision)
+        return _Decoder(
+            self._network(prenet, self._threads),
+            LazyPart(lambda: self._network(generator, self._threads)),
+            # The thread of the second window is the one that is left out.
+            LazyPart(lambda: self._network(generator, self._threads - 1)) if self._in_pairs else None,
+            self._folder.generator_context,
+        )
+
+    @property
+    def _in_pairs(self) -> bool:
+        return self._threads > 1 and self._providers == [CPU]
+
+    def _network(self, path: Path, threads: int) -> _Network:
+        return _Network(path, threads, self._providers)
 
 
 class _Network:
@@ -132,22 +152,37 @@ class _Network:
 class _Decoder:
     """Prenet and generator. The generator, whose tensors grow to 100 times its input, runs window by window.
 
+    alone: the generator for one window at a time. in_pairs: the same for two windows side by side, on a core less: a
+    sine, of which there are many, is computed on one core. None where that gains nothing. Both are loaded when needed.
     context: codes on each side that a sample depends on in the generator; windows overlap by them, so that their
-    middles together are what the whole gives, but for rounding.
+    middles together are what the whole gives, but for rounding. All windows compute equally many codes: those at the
+    ends, which have a context on one side only, give that many more.
     """
 
-    def __init__(self, prenet: _Network, generator: _Network, context: int) -> None:
-        self._prenet, self._generator, self._context = prenet, generator, context
+    def __init__(
+        self, prenet: _Network, alone: LazyPart[_Network], in_pairs: LazyPart[_Network] | None, context: int
+    ) -> None:
+        self._prenet, self._alone, self._in_pairs, self._context = prenet, alone, in_pairs, context
 
     def __call__(self, semantic: Codes, voices: Codes) -> Float32:
         latents = self._prenet(semantic, voices)
         length = latents.shape[2]
-        edges = np.linspace(0, length, -(-length // WINDOW) + 1).astype(int).tolist()
-        return np.concatenate([self._window(latents, *each) for each in pairwise(edges)], axis=1)
+        windows = max(1, -(-(length - 2 * self._context) // WINDOW))
+        if self._in_pairs is None or length < LEAST_PAIR:
+            pieces = [self._window(self._alone.get(), latents, *each) for each in self._edges(length, windows)]
+        else:
+            generator, edges = self._in_pairs.get(), self._edges(length, windows + windows % 2)
+            with ThreadPoolExecutor(2) as pool:
+                pieces = list(pool.map(lambda each: self._window(generator, latents, *each), edges))
+        return np.concatenate(pieces, axis=1)
 
-    def _window(self, latents: Float32, start: int, end: int) -> Float32:
+    def _edges(self, length: int, windows: int) -> list[tuple[int, int]]:
+        inner = np.linspace(self._context, length - self._context, windows + 1).astype(int).tolist()[1:-1]
+        return list(pairwise([0, *inner, length]))
+
+    def _window(self, generator: _Network, latents: Float32, start: int, end: int) -> Float32:
         first, last = max(0, start - self._context), min(latents.shape[2], end + self._context)
-        pcm = self._generator(np.ascontiguousarray(latents[:, :, first:last]))
+        pcm = generator(np.ascontiguousarray(latents[:, :, first:last]))
         return pcm[:, (start - first) * HOP_LENGTH : (end - first) * HOP_LENGTH]
 
 

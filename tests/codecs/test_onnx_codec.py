@@ -134,12 +134,18 @@ def test_fewer_bits_are_close_and_are_what_was_asked_for(
     assert 10 * np.log10(np.square(expected).mean() / error) >= least_snr
 
 
-def test_long_audio_is_decoded_in_windows_as_if_at_once(codec: OnnxCodec, monkeypatch: pytest.MonkeyPatch) -> None:
-    semantic = np.arange(100) * 3
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("length", [7, 22, 23, 100, 131])
+def test_long_audio_is_decoded_in_windows_as_if_at_once(
+    length: int, threads: int, codec: OnnxCodec, onnx_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one thread one after the other, with more two at a time."""
+    semantic = np.arange(length) * 2
     whole = codec.decode(semantic, VOICE).pcm
     monkeypatch.setattr("gpa_codecs.onnx_codec.WINDOW", 16)
-    windows = codec.decode(semantic, VOICE).pcm
-    assert windows.shape == whole.shape == (32000,)
+    monkeypatch.setattr("gpa_codecs.onnx_codec.LEAST_PAIR", 23)
+    windows = OnnxCodec(onnx_folder, threads=threads).decode(semantic, VOICE).pcm
+    assert windows.shape == whole.shape == (320 * length,)
     np.testing.assert_allclose(windows, whole, atol=1e-5)
 
 

@@ -13,12 +13,15 @@ from gpa_engines.backends.llama_cpp.columns import Columns
 from gpa_engines.backends.llama_cpp.gguf_model import GgufModel
 from gpa_engines.backends.llama_cpp.model_files import VocabularyRows
 from gpa_engines.backends.llama_cpp.native import AbortFlag, ContextShape, NativeContext, NativeModel, Piece
-from gpa_engines.backends.llama_cpp.streams import Stream, Streams, divide
+from gpa_engines.backends.llama_cpp.streams import Division, Stream, Streams, divide
 from gpa_engines.step_model import CandidateSet, SlotRequest, StepRow
 
 MAX_COLUMNS = 8
 """Candidate sets whose columns are kept."""
 
+FIRST_STREAMS = 4
+"""Streams that a cache begins with. llama.cpp fills all of its memory at once, and most processes speak one text: all
+the streams are made when more requests come than these serve."""
 
 MIN_TOGETHER = 3
 """Single tokens from which one product of all is faster than one after the other: two took 74 ms at the released size
@@ -65,6 +68,7 @@ class Lane:
         self._context: NativeContext | None = None
         self._streams: Streams | None = None
         self._crowded = False
+        self._most_streams = min(FIRST_STREAMS, options.max_batch)
         self._columns: OrderedDict[CandidateSet | None, Columns | None] = OrderedDict()
 
     @property
@@ -104,9 +108,7 @@ class Lane:
             return None
         stream = self._streams.take(request.prompt, reuse=request.reuse and self._options.reuse)
         if stream is None:
-            # Few long streams serve many short requests one after the other: let them run out, then divide anew.
-            better = divide(self._options.max_tokens, self._options.max_batch, request.positions)
-            self._crowded = better.streams >= 2 * division.streams
+            self._crowded = self._is_crowded(division, request.positions)
             return None
         self._ready.cut(stream.number, len(stream.held))
         return stream
@@ -149,9 +151,21 @@ class Lane:
         assert self._context is not None
         return self._context
 
+    def _is_crowded(self, division: Division, positions: int) -> bool:
+        """Whether to let the requests run out, to make a cache with more streams then."""
+        if division.streams < self._divided(division.length).streams:
+            self._most_streams = self._options.max_batch
+            return True
+        # Few long streams serve many short requests one after the other.
+        return self._divided(positions).streams >= 2 * division.streams
+
+    def _divided(self, positions: int) -> Division:
+        return divide(self._options.max_tokens, self._options.max_batch, positions)
+
     def _divide(self, positions: int) -> None:
         """Make the cache, or make it anew; what it held is lost."""
-        division = divide(self._options.max_tokens, self._options.max_batch, positions)
+        division = self._divided(positions)
+        division = replace(division, streams=min(division.streams, self._most_streams))
         self._context = self._streams = None
         shape = replace(self._options.shape, streams=division.streams, length=division.length)
         self._context = NativeContext(self.native(), shape, self._abort)

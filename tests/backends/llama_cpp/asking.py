@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpa_engines.backends.llama_cpp.engine import LlamaStepModel, Settings, load_model
+from gpa_engines.backends.llama_cpp.lane import FIRST_STREAMS
 from gpa_engines.engine import Engine, GenerationRequest, GenerationUsage, SamplingParams
 from gpa_engines.step_model import CandidateSet, Slot, SlotRequest, StepRow
 
@@ -96,6 +97,14 @@ def allocate(
     slot = model.allocate(SlotRequest(positions or len(prompt) + 16, prompt, candidates, reuse))
     assert slot is not None
     return slot
+
+
+def crowd(model: LlamaStepModel) -> None:
+    """Ask for a slot more than the cache begins with, so that it is made whole for the next request."""
+    slots = [allocate(model, [1, 2, 3]) for _ in range(FIRST_STREAMS)]
+    assert model.allocate(SlotRequest(19, [1, 2, 3], None, True)) is None
+    for slot in slots:
+        model.release(slot.number)
 
 
 def last_logits(model: LlamaStepModel, slot: Slot, prompt: Sequence[int]) -> NDArray[np.float32]:

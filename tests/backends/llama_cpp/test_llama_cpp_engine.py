@@ -18,12 +18,13 @@ pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
 from gpa_codecs.errors import CapacityError, RequestError
 from gpa_engines.backends.llama_cpp import create_engine
 from gpa_engines.engine import Engine, GenerationRequest, SamplingParams
-from gpa_engines.step_model import Interruptible, StepInterrupted, StepRow
+from gpa_engines.step_model import Interruptible, SlotRequest, StepInterrupted, StepRow
 from tests.backends.llama_cpp.asking import (
     SEMANTIC,
     allocate,
     answer,
     answers,
+    crowd,
     last_logits,
     load,
     mixed_requests,
@@ -129,10 +130,22 @@ def test_rows_do_not_depend_on_their_neighbours_to_the_last_bit(
         steps = [model.step([StepRow(slot.number, [7 + step], len(ids) + step)])[0] for step in range(4)]
         alone.append([first, *steps])
         model.release(slot.number)
+    crowd(model)
     slots = [allocate(model, ids) for ids in asked]
     firsts = [last_logits(model, slot, ids) for slot, ids in zip(slots, asked, strict=True)]
     for expected, first, others in zip(alone, firsts, decode(slots, 4), strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(expected, [first, *others], strict=True))
+
+
+def test_the_cache_is_small_until_more_requests_come(gguf_folder: Path) -> None:
+    model = load(gguf_folder / FULL["q8_0"], max_batch=8)
+    crowd(model)
+    slots = [allocate(model, [1, 2, 3]) for _ in range(8)]
+    assert model.allocate(SlotRequest(19, [1, 2, 3], None, True)) is None, "max_batch"
+    for slot in slots:
+        model.release(slot.number)
+    few = load(gguf_folder / FULL["q8_0"], max_batch=2)
+    assert [few.allocate(SlotRequest(19, [1, 2, 3], None, True)) is None for _ in range(3)] == [False, False, True]
 
 
 def test_requests_of_any_size_share_a_small_cache(gguf_folder: Path, prompts: list[dict[str, Any]]) -> None:
