@@ -36,7 +36,8 @@ def create_engine(
     threads: None takes the physical cores that this process may use. More threads than free cores are very slow.
     max_tokens_in_flight: positions of prompt and answer that the cache of a file has, divided evenly among as many
         requests as they suffice for; 112 KiB each at the released size in float16, 224 in float32. A file's cache is
-        made when a request first needs it, and anew, once nothing runs, for requests that its division does not suit.
+        made when a request first needs it, for at most four requests, and anew, once nothing runs, for more or for
+        requests that its division does not suit.
     max_batch: requests that run at a time; more wait in order.
     prefill_chunk: prompt tokens read per step, while running requests go on.
     n_gpu_layers: layers to compute on a GPU, -1 for all; needs a llama-cpp-python that was built for one.
