@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from gpa_codecs.errors import CapacityError, RequestError
 
 FinishReason = Literal["stop", "length", "cancelled"]
-Capability = Literal["logits", "batch", "allowed", "seed", "chunked_prefill"]
+Capability = Literal["logits", "batch", "batch_invariant", "allowed", "seed", "chunked_prefill"]
 """What an engine can do beyond plain generation:
 
 logits: `Engine.logits` returns the full float32[T, V].
 batch: concurrent requests share forward passes.
+batch_invariant: the logits of a request do not depend on what else runs, to the last bit. Without it sums are in an
+    order that depends on the batch, and an answer may go another way where rounding decides between two tokens.
 allowed: `GenerationRequest.allowed` is enforced.
 seed: the same seed gives the same tokens.
 chunked_prefill: a long prompt does not stall running requests.
@@ -186,8 +188,9 @@ class Engine(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         """Stream the answer. Closing the generator (or cancelling its task) cancels the request and frees what it held.
 
-        A request's tokens do not depend on what else runs. Raises RequestError (CapacityError) before the first delta
-        for a request that cannot be served.
+        A request's tokens do not depend on what else runs, but for rounding in an engine that lacks the capability
+        "batch_invariant". Raises RequestError (CapacityError) before the first delta for a request that cannot be
+        served.
         """
         ...
 

@@ -12,13 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpa_codecs.errors import CapacityError, RequestError
-from gpa_engines.engine import EngineInfo, GenerationRequest, TokenDelta, check_ids, check_positions
+from gpa_engines.engine import Capability, EngineInfo, GenerationRequest, TokenDelta, check_ids, check_positions
 from gpa_engines.memory import MemoryMeter
 from gpa_engines.sampling import Sampler
 from gpa_engines.scheduler import Generation, Job, Reading, Scheduler, post_to
 from gpa_engines.step_model import CandidateSet, StepModel
 
 T = TypeVar("T")
+
+CAPABILITIES: frozenset[Capability] = frozenset(("logits", "batch", "allowed", "seed", "chunked_prefill"))
+"""What :class:`StepEngine` makes of every step model."""
+
+INVARIANT: frozenset[Capability] = frozenset((*CAPABILITIES, "batch_invariant"))
+"""Those of a step model that promises the last bit."""
 
 
 class StepEngine:

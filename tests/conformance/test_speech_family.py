@@ -219,7 +219,7 @@ def test_answers_that_depend_on_the_neighbours_are_caught(studio: Studio) -> Non
     reason = result(report, "speech/concurrent").reason
     assert failed(report) == {"speech/concurrent": {"differing_answers"}}
     assert result(report, "speech/concurrent").metrics["answers"] == 30
-    assert "stt of '" in reason
+    assert "stt 1, '" in reason
     assert "as alone" in reason
 
 

@@ -36,7 +36,7 @@ def test_it_is_an_engine_and_says_what_it_is(engine: StepEngine) -> None:
     info = engine.info
     assert (info.backend, info.device, info.dtype) == ("torch", "cpu", "float32")
     assert (info.vocab_size, info.max_context) == (5141, 32768)
-    assert info.capabilities == {"logits", "batch", "allowed", "seed", "chunked_prefill"}
+    assert info.capabilities == {"logits", "batch", "batch_invariant", "allowed", "seed", "chunked_prefill"}
 
 
 @pytest.mark.parametrize("place", range(6))

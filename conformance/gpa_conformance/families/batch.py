@@ -1,8 +1,4 @@
-"""Family "batch": a request's tokens do not depend on what else runs.
-
-The contract says so without a tolerance, so tokens are compared for equality; where greedy ones differ, the regret of
-the other token is told, which separates rounding that depends on the batch from a leak.
-"""
+"""Family "batch": a request's tokens do not depend on what else runs (see :mod:`gpa_conformance.families.company`)."""
 
 from __future__ import annotations
 
@@ -12,19 +8,11 @@ from contextlib import aclosing
 
 from gpa_conformance.cases import Case
 from gpa_conformance.context import Context
-from gpa_conformance.families.answers import (
-    Answer,
-    answer,
-    answers,
-    describe_difference,
-    faults,
-    first_difference,
-    fitting,
-    request,
-)
+from gpa_conformance.families.answers import Answer, answer, answers, faults, fitting, request
+from gpa_conformance.families.company import Pair, compare
 from gpa_conformance.families.findings import Findings
 from gpa_conformance.results import CaseResult
-from gpa_engines.engine import GenerationRequest
+from gpa_engines.engine import FinishReason, GenerationRequest
 
 
 async def run(context: Context, case: Case) -> CaseResult:
@@ -71,14 +59,16 @@ async def _run_late(context: Context, case: Case, found: Findings) -> None:
     alone = {name: await answer(context.engine, wanted) for name, wanted in requests.items()}
     started = asyncio.Event()
 
-    async def watch(wanted: GenerationRequest) -> tuple[int, ...]:
+    async def watch(wanted: GenerationRequest) -> tuple[tuple[int, ...], FinishReason | None]:
         ids: list[int] = []
+        reason: FinishReason | None = None
         async with aclosing(context.engine.generate(wanted)) as stream:
             async for delta in stream:
                 ids.extend(delta.ids)
-                if len(ids) >= case.spec["delay_tokens"] or delta.finish_reason is not None:
+                reason = delta.finish_reason
+                if len(ids) >= case.spec["delay_tokens"] or reason is not None:
                     started.set()
-        return tuple(ids)
+        return tuple(ids), reason
 
     async def join(wanted: GenerationRequest) -> Answer:
         await started.wait()
@@ -90,7 +80,7 @@ async def _run_late(context: Context, case: Case, found: Findings) -> None:
         others = [group.create_task(answer(context.engine, requests[name])) for name in between]
         late = group.create_task(join(requests[last]))
     given = dict(zip((*between, last), [task.result() for task in (*others, late)], strict=True))
-    given[first] = Answer(watched.result(), None, None, ())
+    given[first] = Answer(*watched.result(), None, ())
     await _compare(context, found, requests, alone, given, "with one that joins late")
 
 
@@ -116,26 +106,6 @@ async def _compare(
     how: str,
 ) -> None:
     """Checks that every answer is the one that was given alone."""
-    complaints = []
-    for name, other in given.items():
-        if alone[name].ids != other.ids:
-            difference = describe_difference(other.ids, alone[name].ids)
-            complaints.append(
-                f"{name} {how}: {difference}, as alone{await _regret(context, requests[name], alone[name], other)}"
-            )
-    found.count(f"answers that differ {how}", complaints)
+    pairs = {f"{name} {how}": Pair(requests[name], alone[name], other) for name, other in given.items()}
+    await compare(context, found, f"answers that differ {how}", pairs)
     found.count(f"stream faults {how}", faults([*alone.values(), *given.values()]))
-
-
-async def _regret(context: Context, wanted: GenerationRequest, alone: Answer, other: Answer) -> str:
-    """How much worse the other token is by the engine's own prefill, where that can be told."""
-    index = first_difference(alone.ids, other.ids)
-    sampling = wanted.sampling
-    known = "logits" in context.engine.info.capabilities and not sampling.temperature
-    if index is None or index >= min(len(alone.ids), len(other.ids)) or not known or sampling.repetition_penalty != 1:
-        return ""
-    row = await context.last_row((*wanted.prompt_ids, *alone.ids[:index]))
-    gap = float(row[alone.ids[index]]) - float(row[other.ids[index]])
-    limit = context.limits["regret_max"].value
-    kind = "rounding that depends on the batch" if abs(gap) <= limit else "more than rounding: a leak between requests"
-    return f" (it is {gap:.3g} nats below in the prefill: {kind})"

@@ -15,6 +15,7 @@ import numpy as np
 from gpa_conformance.cases import Case
 from gpa_conformance.context import Context
 from gpa_conformance.families.answers import Answer, answer, answers, describe_difference, faults, fitting, request
+from gpa_conformance.families.company import Pair, compare
 from gpa_conformance.families.findings import Findings
 from gpa_conformance.prompts import Prompt
 from gpa_conformance.wire import WrongShape
@@ -221,13 +222,9 @@ async def concurrent(context: Context, case: Case, found: Findings) -> None:
         wanted[f"{name} as request {number}"] = fitting(context, request(prompt, length, **sampling))
     alone = [await answer(context.engine, each) for each in wanted.values()]
     together = await answers(context.engine, list(wanted.values()))
-    complaints = [
-        f"{name}: {describe_difference(given.ids, expected.ids)}, as alone"
-        for name, given, expected in zip(wanted, together, alone, strict=True)
-        if given.ids != expected.ids
-    ]
     found.metrics["requests"] = count
-    found.count("differing_answers", complaints)
+    pairs = {name: Pair(wanted[name], *each) for name, *each in zip(wanted, alone, together, strict=True)}
+    await compare(context, found, "differing_answers", pairs)
     found.count("stream_faults", faults([*alone, *together]))
 
 

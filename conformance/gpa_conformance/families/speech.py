@@ -13,12 +13,14 @@ from dataclasses import replace
 
 from gpa_conformance.cases import Case
 from gpa_conformance.context import Context, Skip
-from gpa_conformance.families.answers import Answer, answers, describe_difference, faults, fitting, request
+from gpa_conformance.families.answers import Answer, answers, faults, fitting, request
+from gpa_conformance.families.company import Pair, compare
 from gpa_conformance.families.findings import Findings
 from gpa_conformance.families.speech_verdict import Verdict
 from gpa_conformance.prompts import Prompt
 from gpa_conformance.results import CaseResult
 from gpa_conformance.speech.material import NO_DOMAIN, SpeechMaterial, Spoken
+from gpa_engines.engine import GenerationRequest
 
 Words = tuple[str, ...]
 
@@ -87,21 +89,21 @@ async def _speak(context: Context, case: Case, material: SpeechMaterial, found: 
 
 async def _concurrent(context: Context, case: Case, material: SpeechMaterial, found: Findings) -> None:
     """Each greedy answer among `concurrency` requests is the one given alone."""
-    complaints: list[str] = []
+    pairs: dict[str, Pair] = {}
     given: list[Answer] = []
     for name in case.spec["greedy"]:
         asked = context.cases[name]
+        wanted = await _requests(context, asked, material)
         alone = await _ask(context, asked, material, 1)
         together = await _ask(context, asked, material, case.spec["concurrency"])
         given += [*alone, *together]
-        for item, one, many in zip(material.items, alone, together, strict=True):
-            if one.ids != many.ids:
-                difference = describe_difference(many.ids, one.ids)
-                complaints.append(f"{asked.spec['task']} of {item.utterance.text!r}: {difference}, as alone")
+        for number, item in enumerate(material.items):
+            name = f"{asked.spec['task']} {number + 1}, {item.utterance.text!r}"
+            pairs[name] = Pair(wanted[number], alone[number], together[number])
     if "batch" not in context.engine.info.capabilities:
         found.note("no batch: the engine runs concurrent requests one after the other")
     found.metrics["answers"] = len(given) / 2
-    found.count("differing_answers", complaints)
+    await compare(context, found, "differing_answers", pairs)
     found.count("stream_faults", faults(given))
 
 
@@ -110,15 +112,20 @@ async def _ask(context: Context, case: Case, material: SpeechMaterial, concurren
     sampled = bool(case.spec["sampling"].get("temperature"))
     key = (case.id, concurrency)
     if sampled or key not in material.answers:
-        wanted = await asyncio.to_thread(material.requests, case.spec["task"], case.spec["sampling"])
-        if sampled and "seed" in context.engine.info.capabilities:
-            first = case.spec["seed"] + context.seed
-            wanted = [
-                replace(each, sampling=replace(each.sampling, seed=first + index)) for index, each in enumerate(wanted)
-            ]
-        fit = [fitting(context, each) for each in wanted]
-        material.answers[key] = await answers(context.engine, fit, concurrency)
+        wanted = await _requests(context, case, material)
+        material.answers[key] = await answers(context.engine, wanted, concurrency)
     return material.answers[key]
+
+
+async def _requests(context: Context, case: Case, material: SpeechMaterial) -> list[GenerationRequest]:
+    """One request per item, as the engine can serve it; sampled ones have a seed each."""
+    wanted = await asyncio.to_thread(material.requests, case.spec["task"], case.spec["sampling"])
+    if case.spec["sampling"].get("temperature") and "seed" in context.engine.info.capabilities:
+        first = case.spec["seed"] + context.seed
+        wanted = [
+            replace(each, sampling=replace(each.sampling, seed=first + index)) for index, each in enumerate(wanted)
+        ]
+    return [fitting(context, each) for each in wanted]
 
 
 async def _decoded(case: Case, material: SpeechMaterial, given: Sequence[Sequence[int] | None]) -> list[Spoken | None]:

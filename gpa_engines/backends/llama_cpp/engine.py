@@ -21,10 +21,8 @@ from gpa_engines.backends.llama_cpp.model_files import CONVERT, choose_files, dt
 from gpa_engines.backends.llama_cpp.native import AbortFlag, ContextShape, NativeModel
 from gpa_engines.backends.llama_cpp.streams import Stream
 from gpa_engines.engine import EngineInfo
-from gpa_engines.step_engine import StepEngine
+from gpa_engines.step_engine import CAPABILITIES, INVARIANT, StepEngine
 from gpa_engines.step_model import Slot, SlotRequest, StepInterrupted, StepRow
-
-CAPABILITIES = frozenset(("logits", "batch", "allowed", "seed", "chunked_prefill"))
 
 MAX_BATCH = 256
 """llama.cpp's LLAMA_MAX_SEQ."""
@@ -188,7 +186,7 @@ def load_model(model: Path, settings: Settings) -> tuple[EngineInfo, LlamaStepMo
         dtype,
         step_model.vocab_size,
         step_model.max_context,
-        CAPABILITIES,
+        CAPABILITIES if settings.n_gpu_layers else INVARIANT,
         note=_note(models, exact),
         logit_ids=_logit_ids(models),
         tokenizer_sha256=models[0].gpa.tokenizer_sha256,

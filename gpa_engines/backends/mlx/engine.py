@@ -21,10 +21,8 @@ from gpa_engines.backends.mlx.memory import MemoryLimits, device_memory
 from gpa_engines.backends.mlx.model import Qwen3
 from gpa_engines.backends.mlx.weights import WeightFolder, check_origin
 from gpa_engines.engine import EngineInfo, check_ids
-from gpa_engines.step_engine import StepEngine
+from gpa_engines.step_engine import CAPABILITIES, INVARIANT, StepEngine
 from gpa_engines.step_model import CandidateSet, Slot, SlotRequest, StepInterrupted, StepRow
-
-CAPABILITIES = frozenset(("logits", "batch", "allowed", "seed", "chunked_prefill"))
 
 
 class MlxStepModel:
@@ -151,7 +149,7 @@ def build_engine(
         dtype,
         model.vocab_size,
         model.max_context,
-        CAPABILITIES,
+        INVARIANT if chosen == "cpu" else CAPABILITIES,
         tokenizer_sha256=folder.record.tokenizer_sha256 if folder.record else "",
     )
     return StepEngine(info, model, prefill_chunk=prefill_chunk, on_start=model.load, memory_meter=device_memory(chosen))

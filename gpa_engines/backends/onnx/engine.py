@@ -9,9 +9,7 @@ from gpa_engines.backends.onnx.exported import ExportedLM
 from gpa_engines.backends.onnx.model import OnnxStepModel
 from gpa_engines.backends.onnx.runtime import CPU, choose_provider, device_of, has_int8_kernels
 from gpa_engines.engine import EngineInfo
-from gpa_engines.step_engine import StepEngine
-
-CAPABILITIES = frozenset(("logits", "batch", "allowed", "seed", "chunked_prefill"))
+from gpa_engines.step_engine import CAPABILITIES, INVARIANT, StepEngine
 
 
 def build_engine(
@@ -39,7 +37,7 @@ def build_engine(
         exported.dtype,
         model.vocab_size,
         model.max_context,
-        CAPABILITIES,
+        INVARIANT if provider == CPU else CAPABILITIES,
         note=_note(provider, exported.dtype),
         tokenizer_sha256=exported.tokenizer_sha256,
     )

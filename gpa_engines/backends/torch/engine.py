@@ -23,10 +23,8 @@ from gpa_engines.backends.torch.model import Qwen3
 from gpa_engines.engine import EngineInfo
 from gpa_engines.lm_config import LMConfig
 from gpa_engines.passing_thread import in_passing_thread
-from gpa_engines.step_engine import StepEngine
+from gpa_engines.step_engine import CAPABILITIES, INVARIANT, StepEngine
 from gpa_engines.step_model import Slot, SlotRequest, StepRow
-
-CAPABILITIES = frozenset(("logits", "batch", "allowed", "seed", "chunked_prefill"))
 
 
 class TorchStepModel:
@@ -196,7 +194,7 @@ def load_engine(folder: Path, placement: Placement, sizes: EngineSizes, *, cuda_
         placement.dtype,
         config.vocab_size,
         model.max_context,
-        CAPABILITIES,
+        INVARIANT if placement.device.type == "cpu" else CAPABILITIES,
         placement.note,
     )
     meter = device_memory(placement.device)

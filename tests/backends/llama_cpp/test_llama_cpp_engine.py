@@ -42,7 +42,7 @@ def test_it_is_an_engine_and_says_what_it_is(gguf_folder: Path) -> None:
     info = engine.info
     assert (info.backend, info.device, info.dtype) == ("llama-cpp", "cpu", "float32")
     assert (info.vocab_size, info.max_context, info.logit_ids) == (5141, 32768, None)
-    assert info.capabilities == {"logits", "batch", "allowed", "seed", "chunked_prefill"}
+    assert info.capabilities == {"logits", "batch", "batch_invariant", "allowed", "seed", "chunked_prefill"}
     assert info.note == "tiny-F32.gguf (full); mode exact"
     asyncio.run(engine.close())
 

@@ -43,7 +43,7 @@ def test_it_says_what_it_is(engine: Engine) -> None:
     info = engine.info
     assert (info.backend, info.device, info.dtype) == ("mlx", "cpu", "float32")
     assert (info.vocab_size, info.max_context, info.tokenizer_sha256) == (5141, 32768, "")
-    assert info.capabilities == {"logits", "batch", "allowed", "seed", "chunked_prefill"}
+    assert info.capabilities == {"logits", "batch", "batch_invariant", "allowed", "seed", "chunked_prefill"}
     assert engine.memory_meter is None
 
 

@@ -39,7 +39,7 @@ def test_it_is_an_engine_and_says_what_it_is(engine: StepEngine, exported_dir: P
     info = engine.info
     assert (info.backend, info.device, info.dtype, info.note) == ("onnx", "cpu", "float32", "")
     assert (info.vocab_size, info.max_context) == (5141, 32768)
-    assert info.capabilities == {"logits", "batch", "allowed", "seed", "chunked_prefill"}
+    assert info.capabilities == {"logits", "batch", "batch_invariant", "allowed", "seed", "chunked_prefill"}
     manifest = json.loads((exported_dir / "lm" / "manifest.json").read_text())
     assert info.tokenizer_sha256 == manifest["source"]["tokenizer_sha256"]
 

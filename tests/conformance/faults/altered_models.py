@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpa_engines.backends.torch.engine import CAPABILITIES, TorchStepModel
+from gpa_engines.backends.torch.engine import TorchStepModel
 from gpa_engines.backends.torch.linear import weight_format
 from gpa_engines.engine import EngineInfo
 from gpa_engines.lm_config import LMConfig
 from gpa_engines.scheduler import Job
-from gpa_engines.step_engine import StepEngine
+from gpa_engines.step_engine import CAPABILITIES, INVARIANT, StepEngine
 from gpa_engines.step_model import StepRow
 
 CHUNK = 256
@@ -31,7 +31,7 @@ def step_engine(model_dir: Path, dtype: str, alter: Callable[[TorchStepModel], o
     config = LMConfig.from_file(model_dir / "config.json")
     model = TorchStepModel(model_dir, config, weight_format(dtype, torch.device("cpu")), max_tokens=8192, max_batch=16)
     alter(model)
-    info = EngineInfo("faulty", "cpu", dtype, config.vocab_size, model.max_context, CAPABILITIES)
+    info = EngineInfo("faulty", "cpu", dtype, config.vocab_size, model.max_context, INVARIANT)
     return StepEngine(info, model, prefill_chunk=CHUNK)
 
 
@@ -157,6 +157,30 @@ def neighbours_leak(model_dir: Path, *, dtype: str) -> StepEngine:
     return step_engine(model_dir, dtype, alter)
 
 
+def company_rounds(model_dir: Path, *, dtype: str) -> StepEngine:
+    """Of rows that share a step all hidden values move by up to 1.5%, as if the batch changed a sum of bfloat16."""
+
+    def alter(model: TorchStepModel) -> None:
+        make = model._logits
+
+        def logits(rows: Rows, hidden: torch.Tensor, wide: bool) -> list[NDArray[np.float32] | None]:
+            noise = torch.rand(hidden.shape[-1], generator=torch.Generator().manual_seed(len(rows)))
+            rounded = hidden * (1 + 0.03 * (noise - 0.5)).to(hidden.dtype)
+            return make(rows, rounded if len(rows) > 1 else hidden, wide)
+
+        model._logits = logits
+
+    return step_engine(model_dir, dtype, alter)
+
+
+def company_rounds_as_declared(model_dir: Path, *, dtype: str) -> StepEngine:
+    return _without_promise(company_rounds(model_dir, dtype=dtype))
+
+
+def neighbours_leak_without_promise(model_dir: Path, *, dtype: str) -> StepEngine:
+    return _without_promise(neighbours_leak(model_dir, dtype=dtype))
+
+
 def slot_keeps_its_start(model_dir: Path, *, dtype: str) -> StepEngine:
     """Where a request's cache lies on an earlier one's, the first keys and values of that one stay."""
 
@@ -178,6 +202,11 @@ def slot_keeps_its_start(model_dir: Path, *, dtype: str) -> StepEngine:
         model._forward = stale
 
     return step_engine(model_dir, dtype, alter)
+
+
+def _without_promise(engine: StepEngine) -> StepEngine:
+    engine._info = replace(engine.info, capabilities=CAPABILITIES)
+    return engine
 
 
 def cancel_leaks(model_dir: Path, *, dtype: str) -> StepEngine:

@@ -31,6 +31,26 @@ def test_faulty_model_is_caught(suite: Suite, fault: Fault, dtype: str) -> None:
     expect_caught(report, fault)
 
 
+COMPANY = "batch/eight,batch/eight-sampled,batch/late,batch/neighbours,contract/concurrent"
+
+
+def test_rounding_that_depends_on_the_batch_is_no_fault_where_nobody_promises_otherwise(suite: Suite) -> None:
+    report = suite.run(suite.planted("altered_models:company_rounds_as_declared", "bfloat16"), COMPANY)
+    assert {case.case: case.reason for case in report.cases if case.failed} == {}
+    parted = {case.case for case in report.cases if "part by rounding that depends on the batch" in case.reason}
+    assert {"batch/eight-sampled", "contract/concurrent"} <= parted, "greedy and drawn answers"
+    promised = suite.run(suite.planted("altered_models:company_rounds", "bfloat16"), COMPANY)
+    assert parted <= {case.case for case in promised.cases if case.failed}
+    assert "rounding that depends on the batch" in result(promised, "contract/concurrent").reason
+
+
+@pytest.mark.parametrize("fault", ["company_rounds_as_declared", "neighbours_leak_without_promise"])
+def test_what_is_more_than_rounding_is_caught_without_a_promise_too(suite: Suite, fault: str) -> None:
+    report = suite.run(suite.planted(f"altered_models:{fault}", "float32"), "batch/eight,contract/concurrent")
+    assert all("more than rounding: a leak between requests" in case.reason for case in report.cases if case.failed)
+    assert {case.case for case in report.cases if case.failed} == {"batch/eight", "contract/concurrent"}
+
+
 @pytest.mark.slow
 def test_cancel_that_does_nothing_is_caught(suite: Suite) -> None:
     """It takes long, because what is cancelled runs on; the dtype plays no part."""
