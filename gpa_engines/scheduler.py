@@ -229,14 +229,14 @@ class Scheduler:
     def _plan(self) -> list[tuple[Job, StepRow]]:
         """Every decoding job, and prompts in order of arrival up to one chunk of tokens in all.
 
-        A prompt is cut at multiples of the chunk wherever it stands in the queue: its arithmetic, to the last bit,
-        must not depend on the others.
+        A prompt is cut at multiples of the chunk wherever it stands in the queue, and whatever of it a cache holds
+        already: its arithmetic, to the last bit, must not depend on the others.
         """
         planned = []
         budget = self.prefill_chunk
         for job in self.running:
             assert job.slot is not None
-            ids = job.pending[: self.prefill_chunk]
+            ids = job.pending[: self.prefill_chunk - job.fed % self.prefill_chunk]
             if len(job.pending) > 1 or job.fed == 0:
                 if len(ids) > budget:
                     budget = 0

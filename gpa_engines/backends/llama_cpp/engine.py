@@ -197,9 +197,9 @@ def load_model(model: Path, settings: Settings) -> tuple[EngineInfo, LlamaStepMo
 def _lane_options(settings: Settings, exact: bool, dtype: str) -> LaneOptions:
     """Tokens of several requests are computed together only where each then gets, to the last bit, what it gets alone.
 
-    Of the CPU kernels those for quantised weights on x86 are so, if no weights are repacked: their products are of
-    integers and each block's is added in turn. A float row by itself is summed in another order than several. A GPU's
-    kernels make that difference too, but there one request at a time would waste most of it.
+    Of the CPU kernels those for quantised weights on x86 are so, if no weights are repacked (K-quants for up to seven
+    rows): their products are of integers and each block's is added in turn. A float row by itself is summed in another
+    order than several. A GPU's kernels make that difference too, but one request at a time would waste most of a GPU.
     """
     together = settings.n_gpu_layers != 0 or (is_x86() and dtype not in UNROUNDED)
     flash = settings.flash_attention
@@ -221,6 +221,8 @@ def _lane_options(settings: Settings, exact: bool, dtype: str) -> LaneOptions:
         shape=shape,
         together=together and not exact,
         reuse=settings.prefix_reuse and not exact,
+        k_quant=not settings.n_gpu_layers and dtype.endswith(("_k", "_k_m")),
+        prompt_chunk=settings.prefill_chunk,
     )
 
 

@@ -23,6 +23,10 @@ FIRST_STREAMS = 4
 """Streams that a cache begins with. llama.cpp fills all of its memory at once, and most processes speak one text: all
 the streams are made when more requests come than these serve."""
 
+MOST_TOGETHER = 7
+"""Single tokens of a K-quant that are computed at once: from eight on llama.cpp multiplies them in tiles, whose sums
+are in another order."""
+
 MIN_TOGETHER = 3
 """Single tokens from which one product of all is faster than one after the other: two took 74 ms at the released size
 in Q8_0 on one core and 39 on two, one 25 and 18, four 106 and 54."""
@@ -32,7 +36,8 @@ in Q8_0 on one core and 39 on two, one 25 and 18, four 106 and 54."""
 class LaneOptions:
     """max_tokens, max_batch: of the cache. shape: of its contexts, whose streams and length are set as needed.
 
-    together: whether tokens of several requests are computed at once. reuse: of prefixes.
+    together: whether tokens of several requests are computed at once. reuse: of prefixes. k_quant: whether products of
+    eight rows and more go through other kernels. prompt_chunk: prompts come in pieces that end at its multiples.
     """
 
     max_tokens: int
@@ -40,6 +45,8 @@ class LaneOptions:
     shape: ContextShape
     together: bool
     reuse: bool
+    k_quant: bool
+    prompt_chunk: int
 
 
 class Lane:
@@ -133,9 +140,10 @@ class Lane:
             single = []
         # llama.cpp computes streams together whose numbers follow one another.
         single.sort(key=lambda index: work[index][0].number)
-        if single:
-            decoded = self._ready.decode([self._pieces(*work[index])[0] for index in single])
-            for index, logits in zip(single, decoded, strict=True):
+        groups = -(-len(single) // MOST_TOGETHER) if self._options.k_quant else 1
+        for group in np.array_split(np.array(single, int), groups) if single else ():
+            decoded = self._ready.decode([self._pieces(*work[index])[0] for index in group])
+            for index, logits in zip(group, decoded, strict=True):
                 results[index] = self._result(work[index][1], [self._select(work[index][1], logits)])
         for index in set(range(len(work))).difference(single):
             # Alone, because how a prompt is cut and multiplied must not depend on the neighbours.
@@ -169,7 +177,8 @@ class Lane:
         self._context = self._streams = None
         shape = replace(self._options.shape, streams=division.streams, length=division.length)
         self._context = NativeContext(self.native(), shape, self._abort)
-        self._streams = Streams(division)
+        least = MOST_TOGETHER + 1 if self._options.k_quant else 2
+        self._streams = Streams(division, chunk=self._options.prompt_chunk, least=least)
         self._crowded = False
 
     def _find_columns(self, candidates: CandidateSet | None) -> Columns | None:

@@ -48,10 +48,16 @@ class Stream:
 
 
 class Streams:
-    """The streams of one division."""
+    """The streams of one division.
 
-    def __init__(self, division: Division) -> None:
+    chunk: prompts are read in pieces that end at its multiples. least: ids of a piece from which it does not matter, to
+    the last bit, how many they are: a shorter one goes through other kernels.
+    """
+
+    def __init__(self, division: Division, *, chunk: int, least: int) -> None:
         self.division = division
+        self._chunk = chunk
+        self._least = least
         self.all = [Stream(number) for number in range(division.streams)]
         self._releases = 0
 
@@ -63,18 +69,23 @@ class Streams:
     def take(self, prompt: Sequence[int], *, reuse: bool) -> Stream | None:
         """A free stream, cut to what of `prompt` it may keep in `held`; None when all are taken.
 
-        The longest shared beginning wins, then an empty stream, then the one that was released first. At least two ids
-        are left to read: one alone would go through other kernels than the same id in a longer prompt.
+        The longest shared beginning wins, then an empty stream, then the one that was released first. What is left to
+        read goes through the kernels that the whole prompt would go through.
         """
         free = [stream for stream in self.all if not stream.taken]
         if not free:
             return None
-        limit = len(prompt) - 2 if reuse else 0
-        shared = {stream.number: _shared(stream.held, prompt, limit) for stream in free}
+        limit = len(prompt) - self._least if reuse else 0
+        shared = {stream.number: self._kept(_shared(stream.held, prompt, limit)) for stream in free}
         best = min(free, key=lambda stream: (-shared[stream.number], bool(stream.held), stream.released))
         del best.held[shared[best.number] :]
         best.taken = True
         return best
+
+    def _kept(self, shared: int) -> int:
+        """`shared`, or less where the rest of its chunk would be a piece that is too short."""
+        rest = -shared % self._chunk
+        return shared if rest == 0 or rest >= self._least else shared - min(self._least - rest, self._chunk - rest)
 
     def release(self, number: int) -> None:
         """Free a stream; what it holds stays until another request needs the stream."""

@@ -108,12 +108,13 @@ def crowd(model: LlamaStepModel) -> None:
 
 
 def last_logits(model: LlamaStepModel, slot: Slot, prompt: Sequence[int]) -> NDArray[np.float32]:
-    """Feed what the slot does not hold yet in chunks of 64; the last row."""
-    row = None
-    for start in range(slot.filled, len(prompt), 64):
-        ids = prompt[start : start + 64]
-        wanted = "last" if start + 64 >= len(prompt) else "none"
+    """Feed what the slot does not hold yet in pieces that end at multiples of 64; the last row."""
+    row, start = None, slot.filled
+    while start < len(prompt):
+        ids = prompt[start : start // 64 * 64 + 64]
+        wanted = "last" if start + len(ids) == len(prompt) else "none"
         (row,) = model.step([StepRow(slot.number, ids, start, wanted)])
+        start += len(ids)
     assert row is not None
     return row
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
 
 from gpa_codecs.errors import CapacityError, RequestError
 from gpa_engines.backends.llama_cpp import create_engine
+from gpa_engines.backends.llama_cpp.engine import LlamaStepModel
 from gpa_engines.engine import Engine, GenerationRequest, SamplingParams
-from gpa_engines.step_model import Interruptible, SlotRequest, StepInterrupted, StepRow
+from gpa_engines.step_model import Interruptible, Slot, SlotRequest, StepInterrupted, StepRow
 from tests.backends.llama_cpp.asking import (
     SEMANTIC,
     allocate,
@@ -107,14 +108,10 @@ def test_sixteen_mixed_requests_get_what_each_gets_alone(
     asyncio.run(main())
 
 
-@pytest.mark.parametrize(("dtype", "mode"), [("float32", "exact"), ("float16", "fast"), ("q8_0", "fast")])
-def test_rows_do_not_depend_on_their_neighbours_to_the_last_bit(
-    gguf_folder: Path, prompts: list[dict[str, Any]], dtype: str, mode: str
-) -> None:
-    model = load(gguf_folder / FULL[dtype], mode=mode, prefix_reuse=False)
-    asked = [prompt["input_ids"][:length] for prompt, length in zip(prompts, (60, 33, 70, 5, 64, 100), strict=True)]
+def assert_rows_are_those_alone(model: LlamaStepModel, asked: Sequence[Sequence[int]]) -> None:
+    """Prompts and four steps behind them, all at once, to the last bit."""
 
-    def decode(slots: list[Any], count: int) -> list[list[NDArray[np.float32]]]:
+    def decode(slots: list[Slot], count: int) -> list[list[NDArray[np.float32]]]:
         rows: list[list[NDArray[np.float32]]] = [[] for _ in slots]
         for step in range(count):
             work = [StepRow(slot.number, [7 + step], len(ids) + step) for slot, ids in zip(slots, asked, strict=True)]
@@ -135,6 +132,37 @@ def test_rows_do_not_depend_on_their_neighbours_to_the_last_bit(
     firsts = [last_logits(model, slot, ids) for slot, ids in zip(slots, asked, strict=True)]
     for expected, first, others in zip(alone, firsts, decode(slots, 4), strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(expected, [first, *others], strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [("float32", "exact"), ("float16", "fast"), ("q8_0", "fast")])
+def test_rows_do_not_depend_on_their_neighbours_to_the_last_bit(
+    gguf_folder: Path, prompts: list[dict[str, Any]], dtype: str, mode: str
+) -> None:
+    model = load(gguf_folder / FULL[dtype], mode=mode, prefix_reuse=False, max_batch=12)
+    lengths = (60, 33, 70, 5, 64, 100, 9, 41, 12, 80, 23, 50)
+    assert_rows_are_those_alone(
+        model, [prompts[number % len(prompts)]["input_ids"][:length] for number, length in enumerate(lengths)]
+    )
+
+
+def test_rows_of_k_quants_depend_neither_on_neighbours_nor_on_what_was_kept(
+    k_quant: Path, prompts: list[dict[str, Any]]
+) -> None:
+    """llama.cpp multiplies eight rows and more of a K-quant in tiles, with sums in another order."""
+    model = load(k_quant, mode="fast", prefix_reuse=False, max_batch=12)
+    first = prompts[1]["input_ids"]
+    assert_rows_are_those_alone(model, [first[: 20 + 7 * number] for number in range(12)])
+    for length in (66, 67, 75, 130):
+        whole = load(k_quant, mode="fast")
+        expected = last_logits(whole, allocate(whole, first[:length]), first[:length])
+        for kept in (length - 1, 61, 40):
+            model = load(k_quant, mode="fast")
+            slot = allocate(model, [*first[:kept], 3, 4, 5, 6, 7, 8, 9, 10])
+            last_logits(model, slot, [*first[:kept], 3, 4, 5, 6, 7, 8, 9, 10])
+            model.release(slot.number)
+            slot = allocate(model, first[:length])
+            assert slot.filled > 16
+            assert np.array_equal(last_logits(model, slot, first[:length]), expected)
 
 
 def test_the_cache_is_small_until_more_requests_come(gguf_folder: Path) -> None:
@@ -189,7 +217,7 @@ def test_a_repeated_voice_is_read_once(gguf_folder: Path, prompts: list[dict[str
 
 
 def test_the_same_prompt_again_reads_two_ids(gguf_folder: Path, prompts: list[dict[str, Any]]) -> None:
-    ids = prompts[0]["input_ids"]
+    ids = prompts[0]["input_ids"][:120]
     model = load(gguf_folder / FULL["q8_0"], max_batch=1)
     slot = allocate(model, ids)
     expected = last_logits(model, slot, ids)

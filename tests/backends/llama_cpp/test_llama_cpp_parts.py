@@ -33,7 +33,7 @@ def test_no_division_has_more_than_the_cache_or_less_than_the_request() -> None:
 
 
 def test_the_longest_shared_beginning_is_taken_then_an_empty_stream_then_the_oldest() -> None:
-    streams = Streams(Division(3, 512))
+    streams = Streams(Division(3, 512), chunk=512, least=2)
     first, second = list(range(100)), list(range(50)) + list(range(200, 250))
     for ids in (first, second):
         stream = streams.take(ids, reuse=True)
@@ -55,8 +55,13 @@ def test_the_longest_shared_beginning_is_taken_then_an_empty_stream_then_the_old
     assert streams.take([1], reuse=True) is None
 
 
-def test_two_ids_are_left_to_read() -> None:
-    streams = Streams(Division(1, 512))
+@pytest.mark.parametrize(
+    ("chunk", "least", "kept"),
+    [(512, 2, 58), (512, 8, 52), (59, 2, 57), (50, 8, 52), (54, 8, 46), (4, 8, 52), (57, 2, 58)],
+)
+def test_what_is_left_goes_through_the_kernels_of_the_whole(chunk: int, least: int, kept: int) -> None:
+    """Neither the rest of the prompt nor the rest of a chunk is shorter than `least`."""
+    streams = Streams(Division(1, 512), chunk=chunk, least=least)
     ids = list(range(60))
     stream = streams.take(ids, reuse=True)
     assert stream is not None
@@ -64,7 +69,7 @@ def test_two_ids_are_left_to_read() -> None:
     streams.release(0)
     again = streams.take(ids, reuse=True)
     assert again is not None
-    assert again.held == ids[:58]
+    assert again.held == ids[:kept]
     streams.release(0)
     fresh = streams.take(ids, reuse=False)
     assert fresh is not None
@@ -72,7 +77,7 @@ def test_two_ids_are_left_to_read() -> None:
 
 
 def test_the_stream_released_first_is_given_away_first() -> None:
-    streams = Streams(Division(3, 512))
+    streams = Streams(Division(3, 512), chunk=512, least=2)
     for _ in range(3):
         stream = streams.take([1, 2], reuse=True)
         assert stream is not None
