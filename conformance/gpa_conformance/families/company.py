@@ -61,7 +61,7 @@ async def compare(context: Context, found: Findings, metric: str, pairs: Mapping
     if not promised:
         found.metrics[f"{metric} by rounding"] = rounded
     if rounded:
-        found.note(f"{rounded} of {len(pairs)} answers part by {ROUNDING}, of which the engine says that it does")
+        found.note(f"{rounded} of {len(pairs)} answers part by {ROUNDING}; the engine does not promise the last bit")
 
 
 async def _explain(context: Context, pair: Pair) -> tuple[bool, str]:

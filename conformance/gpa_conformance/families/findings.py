@@ -50,8 +50,9 @@ class Findings:
         self._complaints.extend(sentences)
 
     def note(self, sentence: str) -> None:
-        """Something that a reader should know of a case that passed, too."""
-        self._notes.append(sentence)
+        """Something that a reader should know of a case that passed, too; said once."""
+        if sentence not in self._notes:
+            self._notes.append(sentence)
 
     def plot(self, series: Mapping[str, Sequence[float]]) -> None:
         self._series.update({name: thin_series(values) for name, values in series.items()})
