@@ -83,6 +83,32 @@ def test_prompts_share_one_chunk_of_tokens_per_step_and_keep_their_own_cuts(
     assert all(start % 128 == 0 for start in starts)
 
 
+def test_a_prompt_is_cut_where_it_would_be_if_nothing_of_it_were_held(
+    watched: WatchedModel, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate = watched.model.allocate
+
+    def holding(wanted: SlotRequest) -> Slot | None:
+        slot = allocate(wanted)
+        assert slot is not None
+        watched.model.step([StepRow(slot.number, list(wanted.prompt[:50]), 0, "none")])
+        return Slot(slot.number, 50)
+
+    wanted = request(prompts[1], 4)
+    (alone,) = run_alone(watched, [wanted])
+    monkeypatch.setattr(watched.model, "allocate", holding)
+
+    async def main() -> Answer:
+        engine = watched.engine(prefill_chunk=64)
+        kept = await answer(engine, wanted)
+        await engine.close()
+        return kept
+
+    assert asyncio.run(main()).ids == alone.ids
+    starts = [row.start for rows in watched.steps for row in rows if len(row.ids) > 1]
+    assert starts == [50, *range(64, len(prompts[1]), 64)]
+
+
 def test_more_requests_than_slots_wait_in_order(tiny_checkpoint: Path, goldens: dict[str, Any]) -> None:
     watched = WatchedModel(load_model(tiny_checkpoint, max_batch=3))
     requests = mixed_requests(goldens["prompts"], 32)
