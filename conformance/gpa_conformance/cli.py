@@ -1,4 +1,6 @@
-"""`gpa-conformance`: exit status 0 when all that ran passed and something ran, 1 for failed cases, 2 for misuse."""
+"""`gpa-conformance`: exit status 0 if all that ran passed and something ran, 1 for failed cases, 2 for misuse, 130
+after Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import asyncio
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,8 +106,14 @@ def run(
     html: _Html = None,
     verbose: _Verbose = False,
 ) -> int:
-    """Run the cases on one engine and compare with the baseline."""
-    check_outputs({"--json": json_file, "--markdown": markdown, "--html": html})
+    """Run the cases on one engine and compare with the baseline.
+
+    Ctrl-C ends the run; the files that were asked for then hold the cases that had ended.
+    """
+    from gpa_conformance.report import terminal
+
+    files = {"--json": json_file, "--markdown": markdown, "--html": html}
+    check_outputs(files)
     if case_timeout is not None and not case_timeout > 0:
         raise GpaError(f"--case-timeout is {case_timeout:g}; expected seconds above 0")
     check_utterances("--utterances", utterances)
@@ -142,11 +150,22 @@ def run(
             domain=domain,
             utterances=utterances,
         )
-        return await run_cases(setup, checkpoint, chosen, command=_command(), progress=progress.case)
+        return await run_cases(
+            setup, checkpoint, chosen, command=_command(), progress=progress.case, on_interrupt=interrupted.append
+        )
 
-    with baseline_folder(baseline) as folder, RunProgress() as progress:
-        report = asyncio.run(carry_out(folder, progress))
-    return _publish(report, json_file, markdown, html)
+    interrupted: list[RunReport] = []
+    try:
+        with baseline_folder(baseline) as folder, RunProgress() as progress:
+            report = asyncio.run(carry_out(folder, progress))
+    except KeyboardInterrupt:
+        if not interrupted or not any(files.values()):
+            raise
+        written = _write_report(interrupted[0], files) == 0
+        left = f"; reported are the cases that had ended, {interrupted[0].unreached} of {len(chosen)} had not"
+        raise _Interrupted("interrupted" + (left if written else "")) from None
+    terminal.show(report, _stdout())
+    return _write_report(report, files) or report.exit_code
 
 
 @app.command("baseline")
@@ -234,6 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         _complain(f"{error.format_message().rstrip('.')}; see gpa-conformance --help")
         return MISUSE
+    except _Interrupted as error:
+        _complain(str(error))
+        return INTERRUPTED
     except GpaError as error:
         if {"-v", "--verbose"} & set(arguments):
             traceback.print_exc()
@@ -245,6 +267,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Typer turns Ctrl-C into this status without a word.
         _complain("interrupted; nothing was written")
     return int(status or 0)
+
+
+class _Interrupted(Exception):
+    """Ctrl-C in a run of which there was something to keep."""
 
 
 async def _baseline(
@@ -274,22 +300,17 @@ async def _baseline(
     )
 
 
-def _publish(report: RunReport, json_file: Path | None, markdown: Path | None, html: Path | None) -> int:
-    """Show the report, write the files that were asked for, and say how the run ended."""
+def _write_report(report: RunReport, files: Mapping[str, Path | None]) -> int:
+    """Write those that have a path; MISUSE if one could not be written, the others are."""
     from gpa_conformance.report import html as html_report
     from gpa_conformance.report import markdown as markdown_report
-    from gpa_conformance.report import terminal
 
-    terminal.show(report, _stdout())
-    written = _write(
-        {
-            "--json": (json_file, lambda given: json.dumps(given.to_dict(), indent=1, ensure_ascii=False) + "\n"),
-            "--markdown": (markdown, markdown_report.render),
-            "--html": (html, html_report.render),
-        },
-        report,
-    )
-    return written or report.exit_code
+    renderers: dict[str, Callable[[Any], str]] = {
+        "--json": lambda given: json.dumps(given.to_dict(), indent=1, ensure_ascii=False) + "\n",
+        "--markdown": markdown_report.render,
+        "--html": html_report.render,
+    }
+    return _write({option: (path, renderers[option]) for option, path in files.items()}, report)
 
 
 def _write(outputs: dict[str, tuple[Path | None, Callable[[Any], str]]], value: Any) -> int:

@@ -115,7 +115,8 @@ class RunReport:
     engine: the fields of EngineInfo and the options it was created with. target: "backend torch", "engine pkg:factory".
     model: name, files (name -> sha256), vocab_size; speech: what that family was judged by. baseline: path, made_by,
     model files, versions. started: ISO 8601.
-    digests: sha256 of the definition of every case that was asked for, by its id.
+    digests: sha256 of the definition of every case that was asked for, by its id; those that are not among
+    `cases` had not ended when the run was interrupted.
     """
 
     engine: Mapping[str, Any]
@@ -165,9 +166,14 @@ class RunReport:
         return [_family_line(family, cases) for family, cases in self.families.items()]
 
     @property
+    def unreached(self) -> int:
+        """Cases that had not ended when the run was interrupted."""
+        return len(self.digests.keys() - {case.case for case in self.cases})
+
+    @property
     def exit_code(self) -> int:
-        """0 only if at least one case passed and none failed; else 1."""
-        return 0 if self.passed and not self.failed else 1
+        """0 only if at least one case passed, none failed, and none was left when the run was interrupted; else 1."""
+        return 0 if self.passed and not self.failed and not self.unreached else 1
 
     def to_dict(self) -> dict[str, Any]:
         """The document of this report: only what JSON can hold."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -25,19 +26,18 @@ async def run_cases(
     *,
     command: Sequence[str] = (),
     progress: Progress | None = None,
+    on_interrupt: Callable[[RunReport], None] | None = None,
 ) -> RunReport:
     """Open the engine, carry out the cases in their order, and report. Raises GpaError if the engine cannot be opened.
 
-    command: the command line, for the report.
+    command: the command line, for the report. on_interrupt: given the report of the cases that had ended, if there are
+    any, when the run is cancelled; the cancellation goes on after it.
     """
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     tell = progress or (lambda case, result, done, total: None)
     results: list[CaseResult] = []
-    async with Session(setup) as session:
-        for done, case in enumerate(cases):
-            tell(case, None, done, len(cases))
-            results.append(await session.run(case))
-            tell(case, results[-1], done + 1, len(cases))
+
+    def report(session: Session) -> RunReport:
         facts = machine_facts()
         return RunReport(
             engine=_engine_facts(session),
@@ -61,6 +61,18 @@ async def run_cases(
             cases=tuple(results),
             digests={case.id: case.digest for case in cases},
         )
+
+    async with Session(setup) as session:
+        try:
+            for done, case in enumerate(cases):
+                tell(case, None, done, len(cases))
+                results.append(await session.run(case))
+                tell(case, results[-1], done + 1, len(cases))
+        except asyncio.CancelledError:
+            if on_interrupt is not None and results:
+                on_interrupt(report(session))
+            raise
+        return report(session)
 
 
 def _engine_facts(session: Session) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import pytest
 from gpa_conformance import cli
 from gpa_conformance.baseline import Baseline
 from gpa_conformance.preparation import find_codec, open_checkpoint
+from gpa_conformance.report.facts import verdict
 from gpa_conformance.results import RunReport
 from gpa_engines.random_checkpoint import make_checkpoint
 
@@ -208,12 +209,15 @@ def test_a_full_disk_at_the_end_is_told_and_the_other_files_are_written(
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-def test_ctrl_c_ends_the_engines_process_and_writes_nothing(
-    text_baseline: Baseline, tiny_checkpoint: Path, tmp_path: Path
+@pytest.mark.parametrize("files", [True, False])
+def test_ctrl_c_ends_the_engines_process_and_keeps_what_had_ended(
+    text_baseline: Baseline, tiny_checkpoint: Path, tmp_path: Path, files: bool
 ) -> None:
     command = [sys.executable, "-m", "gpa_conformance.cli", "run", "--model", str(tiny_checkpoint)]
     command += ["--baseline", str(text_baseline.path), "--engine", f"{CROOKED}:hanging_at_one_id"]
-    command += ["--cases", "logits/ascend-1,logits/one-id", "--json", str(tmp_path / "report.json")]
+    command += ["--cases", "logits/ascend-1,logits/one-id,logits/spread"]
+    if files:
+        command += ["--json", str(tmp_path / "report.json"), "--markdown", str(tmp_path / "report.md")]
     marked = os.environ | {"GPA_CONFORMANCE_TEST": str(tmp_path)}
     process = subprocess.Popen(command, env=marked, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
     assert process.stderr is not None
@@ -222,9 +226,17 @@ def test_ctrl_c_ends_the_engines_process_and_writes_nothing(
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == cli.INTERRUPTED
-    assert "interrupted" in errors
     assert processes_with(str(tmp_path)) == []
-    assert list(tmp_path.iterdir()) == []
+    if not files:
+        assert "interrupted; nothing was written" in errors
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert "interrupted; reported are the cases that had ended, 2 of 3 had not" in errors
+    report = RunReport.from_json(tmp_path / "report.json")
+    assert [(case.case, case.status) for case in report.cases] == [("logits/ascend-1", "passed")]
+    assert report.exit_code == 1
+    assert "nothing is proven, the run was interrupted after 1 case (1 passed)" in verdict(report).sentence
+    assert "2 cases had not ended when the run was interrupted" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def processes_with(mark: str) -> list[str]:

@@ -80,6 +80,8 @@ def verdict(report: RunReport) -> Verdict:
     notes = []
     if report.skipped:
         notes.append(f"{count(report.skipped, 'case')} skipped: nothing is known about what they test")
+    if report.unreached:
+        notes.append(f"{count(report.unreached, 'case')} had not ended when the run was interrupted")
     if report.known:
         notes.append(f"{count(report.known, 'known failure')}, as the known-failures file says")
     if surprises := report.count("unexpected-pass"):
@@ -87,13 +89,18 @@ def verdict(report: RunReport) -> Verdict:
             f"{count(surprises, 'case')} passed although the known-failures file lists them: remove them there"
         )
     if report.failed:
-        sentence = f"{engine} is not the same model: {report.failed} of the {ran} cases that ran failed"
+        sentence = f"{engine} is not the same model: {report.failed} of the {count(ran, 'case')} that ran failed"
+    elif report.unreached:
+        sentence = (
+            f"{engine}: nothing is proven, the run was interrupted after {count(ran, 'case')} ({report.passed} passed)"
+        )
     elif not report.passed:
         sentence = f"{engine}: nothing is proven, no case passed"
     else:
         sentence = f"{engine} is the same model as far as this run can see: {report.passed} of {ran} cases passed"
         if report.passed == ran:
-            sentence = f"{engine} is the same model as far as this run can see: all {ran} cases that ran passed"
+            those = f"all {ran} cases" if ran > 1 else "the one case"
+            sentence = f"{engine} is the same model as far as this run can see: {those} that ran passed"
     return Verdict(report.exit_code == 0, sentence, tuple(notes))
 
 
