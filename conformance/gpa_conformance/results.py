@@ -175,6 +175,13 @@ class RunReport:
         """0 only if at least one case passed, none failed, and none was left when the run was interrupted; else 1."""
         return 0 if self.passed and not self.failed and not self.unreached else 1
 
+    @property
+    def outcome(self) -> Literal["passed", "failed", "interrupted"]:
+        """The verdict in a word: failed before interrupted, since one failed case is enough."""
+        if self.unreached and not self.failed:
+            return "interrupted"
+        return "passed" if self.exit_code == 0 else "failed"
+
     def to_dict(self) -> dict[str, Any]:
         """The document of this report: only what JSON can hold."""
         return _plain(self)

@@ -17,6 +17,7 @@ import pytest
 from gpa_conformance import cli
 from gpa_conformance.baseline import Baseline
 from gpa_conformance.preparation import find_codec, open_checkpoint
+from gpa_conformance.report import matrix
 from gpa_conformance.report.facts import verdict
 from gpa_conformance.results import RunReport
 from gpa_engines.random_checkpoint import make_checkpoint
@@ -234,7 +235,9 @@ def test_ctrl_c_ends_the_engines_process_and_keeps_what_had_ended(
     assert "interrupted; reported are the cases that had ended, 2 of 3 had not" in errors
     report = RunReport.from_json(tmp_path / "report.json")
     assert [(case.case, case.status) for case in report.cases] == [("logits/ascend-1", "passed")]
-    assert report.exit_code == 1
+    assert (report.exit_code, report.outcome) == (1, "interrupted")
+    assert "interrupted" in matrix.markdown([report])
+    assert ">interrupted<" in matrix.html([report])
     assert "nothing is proven, the run was interrupted after 1 case (1 passed)" in verdict(report).sentence
     assert "2 cases had not ended when the run was interrupted" in (tmp_path / "report.md").read_text(encoding="utf-8")
 

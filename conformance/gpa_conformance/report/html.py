@@ -60,7 +60,7 @@ def render(report: RunReport) -> str:
             ),
         ]
     )
-    return page(f"{name}: {'passed' if verdict(report).passed else 'failed'} - gpa-conformance", body)
+    return page(f"{name}: {report.outcome} - gpa-conformance", body)
 
 
 def _verdict(report: RunReport) -> Html:

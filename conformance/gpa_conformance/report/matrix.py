@@ -125,7 +125,8 @@ def markdown(reports: Sequence[RunReport]) -> str:
     matrix = build(reports)
     runs = range(len(matrix.names))
     columns = tuple(map(md.plain, matrix.names))
-    outcome = ["✅ passed" if report.exit_code == 0 else "❌ failed" for report in matrix.reports]
+    signs = {"passed": "✅", "failed": "❌", "interrupted": "⏸️"}
+    outcome = [f"{signs[report.outcome]} {report.outcome}" for report in matrix.reports]
     summary = [
         ("**verdict**", *outcome),
         *((family, *(md.plain(matrix.family(run, family)) for run in runs)) for family in matrix.families),
@@ -239,7 +240,8 @@ def _html_cell(case: CaseResult | None) -> markup.Html:
 
 
 def _html_verdict(report: RunReport) -> markup.Html:
-    return markup.state("passed" if report.exit_code == 0 else "failed")
+    outcome = report.outcome
+    return markup.element("span", outcome, "quiet") if outcome == "interrupted" else markup.state(outcome)
 
 
 def _runs(matrix: Matrix) -> list[tuple[str, str]]:
